@@ -1,0 +1,48 @@
+# make demo [MODEL=path]   set up, convert a HuggingFace checkpoint, calibrate, chat with a PQ cache
+# make test                set up and run the whole test suite
+# make tools               llama.cpp's tools with the PQ cache types, in build/cmake/bin
+# make lint                ruff, mypy and the layer check
+# CMAKE_ARGS is passed to llama.cpp's build: make test CMAKE_ARGS=-DGGML_CUDA=ON
+
+VENV   ?= .venv
+PYTHON ?= python3
+MODEL  ?= examples/demo-model
+BIN    := $(VENV)/bin
+
+NATIVE := $(shell find CMakeLists.txt pyproject.toml cuda -type f 2>/dev/null)
+
+.PHONY: demo test tools upstream-tests lint clean
+
+# torch is for the converter; the CPU build is enough and much smaller
+TORCH ?= torch==2.13.0
+
+$(VENV)/.python: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.10" cmake ninja
+	touch $@
+
+# the build requirements are installed already, so the build tree and its cache stay valid between runs
+$(VENV)/.package: $(VENV)/.python $(NATIVE)
+	$(BIN)/python -m pip install --verbose --no-build-isolation --editable ".[convert,test,dev]"
+	touch $@
+
+demo: $(VENV)/.package
+	$(BIN)/million demo --model "$(MODEL)"
+
+upstream-tests: $(VENV)/.package
+	$(BIN)/cmake --build build/cmake --target million-upstream-tests
+
+tools: $(VENV)/.package
+	$(BIN)/cmake --build build/cmake --target million-tools
+
+test: upstream-tests lint
+	MILLION_REQUIRE_NATIVE=1 MILLION_TOOLS_DIR=$(CURDIR)/build/cmake/bin $(BIN)/python -m pytest
+
+lint: $(VENV)/.package
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build $(VENV)

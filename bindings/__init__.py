@@ -1,0 +1,1 @@
+"""The Python runtime: ``llama_cpp.Llama`` on our build of llama.cpp, with native errors as exceptions."""

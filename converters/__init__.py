@@ -1,0 +1,1 @@
+"""Makes GGUF files with codebooks: out of HF checkpoints (``hf``) and out of GGUF files (``gguf``)."""

@@ -1,0 +1,316 @@
+"""``calibrate``: a GGUF file in, the same file with codebooks out. Any weight type that llama.cpp runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import __version__, container, paths
+from ..errors import InputError, MismatchError
+from ..progress import note, stage
+from ..spec import PQ_TYPES, PQSpec, get_spec
+
+if TYPE_CHECKING:
+    from ..pq_ref import Codebook
+
+DEFAULT_TYPES = tuple(PQ_TYPES)
+DEFAULT_TOKENS = 32768
+DEFAULT_CTX = 2048
+DEFAULT_TEXT = "calibration.txt"
+
+_BYTES_PER_TOKEN = 64  # more of a text than this times the wanted tokens is not read: tokens average four bytes
+_OTHER_TYPES = "run it with cache type f16 or q8_0"
+
+RECURRENT = ("mamba", "rwkv", "arwkv", "falcon_mamba")  # beginnings of architecture names, in GGUF and HF files
+NO_ROWS_RECURRENT = (
+    "its layers are recurrent and keep a state of fixed size, there are no KV rows to code: run it as it is, in llama.cpp"
+)
+NO_ROWS_MLA = (
+    "its attention is MLA, whose cache is a small latent vector already and has no K and V rows to code: "
+    f"{_OTHER_TYPES}, in llama.cpp"
+)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What ``calibrate`` did.
+
+    Attributes:
+        path: the file written.
+        n_tokens: tokens that the codebooks were trained on.
+        n_layer: layers that have codebooks.
+        errors: by cache type, the mean over layers of the (K, V) errors: squared error over squared deviation.
+    """
+
+    path: Path
+    n_tokens: int
+    n_layer: int
+    errors: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A calibration text: what of it will be used, and the sha256 (hex) of all of it."""
+
+    text: str
+    digest: str
+
+
+def load_text(source: str | os.PathLike[str] | None, n_tokens: int) -> Text:
+    """The calibration text: a ``str`` is the text itself, a path names a file, None is the text of the package.
+
+    Raises InputError when it cannot be read or is not UTF-8.
+    """
+    limit = n_tokens * _BYTES_PER_TOKEN
+    if isinstance(source, str):
+        return Text(source[:limit], hashlib.sha256(source.encode("utf-8", "replace")).hexdigest())
+    path = paths.converters_data(DEFAULT_TEXT) if source is None else Path(source)
+    sha, kept = hashlib.sha256(), bytearray()
+    try:
+        with open(path, "rb") as f:
+            while block := f.read(1 << 20):
+                sha.update(block)
+                kept += block[: max(0, limit - len(kept))]
+    except OSError as e:
+        raise InputError(f"cannot read the calibration text {path}: {e.strerror or e}") from e
+    try:
+        text = kept.decode("utf-8")
+    except UnicodeDecodeError as e:
+        if len(kept) < limit or e.start < limit - 4:  # not just a character cut at the limit
+            raise InputError(f"the calibration text {path} is not UTF-8 (byte {e.start}): convert it first") from None
+        text = kept[: e.start].decode("utf-8")
+    return Text(text, sha.hexdigest())
+
+
+def parse_types(types: Sequence[str] | str) -> tuple[PQSpec, ...]:
+    """Specs of "pq4,pq2" or ("pq4", "pq2"), without repetition. Raises InputError for an unknown or empty list."""
+    names = types.split(",") if isinstance(types, str) else types
+    specs = tuple(dict.fromkeys(get_spec(n.strip()) for n in names if n.strip()))
+    if not specs:
+        raise InputError(f"no cache types to calibrate for: give some of {', '.join(PQ_TYPES)}")
+    return specs
+
+
+def check_output(dst: Path, *, overwrite: bool) -> None:
+    """Raises InputError unless ``dst`` can be written: found out now, and not after the expensive work."""
+    folder = dst.parent
+    if dst.is_dir():
+        raise InputError(f"the output {dst} is a folder: give a file name")
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder} to write {dst.name} to: make it first")
+    if dst.exists() and not overwrite:
+        raise InputError(f"the output {dst} exists already: choose another name, or replace it (--force; overwrite=True in Python)")
+    probe = folder / f".{dst.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as e:
+        raise InputError(f"cannot write to {folder}: {e.strerror or e}") from e
+
+
+def check_space(folder: Path, n_bytes: int) -> None:
+    """Raises InputError when the disk of ``folder`` has less than ``n_bytes`` free."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise InputError(
+            f"{folder} has {free / 1e9:.2f} GB free, need {n_bytes / 1e9:.2f} GB: free some, or write to another disk"
+        )
+
+
+def check_model(header: container.GGUFHeader, specs: Sequence[PQSpec]) -> container.ModelShape:
+    """The shape of a model whose KV cache can be coded. Raises MismatchError for any other, naming what stands against it.
+
+    Raises FormatError and InputError when the file is no complete, single GGUF model.
+    """
+    arch = header.require("general.architecture")
+    where = f"{header.path} ({arch})"
+    if int(header.get("split.count", 0) or 0) > 1:
+        raise InputError(
+            f"{header.path} is one part of {header.get('split.count')} of a split model: "
+            f"merge it first with 'llama-gguf-split --merge {header.path.name} merged.gguf'"
+        )
+    if str(arch).startswith(RECURRENT):
+        raise MismatchError(f"{where}: {NO_ROWS_RECURRENT}")
+    if f"{arch}.attention.kv_lora_rank" in header.kv:
+        raise MismatchError(f"{where}: {NO_ROWS_MLA}")
+    if header.get(f"{arch}.attention.causal") is False:
+        raise MismatchError(f"{where}: it is an encoder (not causal) and keeps no KV cache: run it as it is")
+    if not header.tensors:
+        raise InputError(f"{header.path} has no weights (a vocabulary only?): give a complete model")
+    shape = container.model_shape(header)
+    if not any(shape.n_head_kv):
+        raise MismatchError(f"{where}: no layer has KV heads, there are no KV rows to code: run it as it is")
+    for n_head_kv, sizes in zip(shape.n_head_kv, zip(shape.D_k, shape.D_v, strict=True), strict=True):
+        for spec in specs:
+            for size in sizes if n_head_kv else ():
+                spec.check_head_size(size)
+    return shape
+
+
+def codebook_file_bytes(shape: container.ModelShape, specs: Sequence[PQSpec], *, has_transform: bool = True) -> int:
+    """Upper bound of the bytes that codebooks add to a file."""
+    total = 64 << 10  # keys, errors, alignment
+    for spec in specs:
+        for n_head_kv, d_k, d_v in zip(shape.n_head_kv, shape.D_k, shape.D_v, strict=True):
+            for size in (d_k, d_v) if n_head_kv else ():
+                raw = 32 + container.payload_bytes(spec, size, n_head_kv, has_transform)
+                total += 8 + (raw + 2) // 3 * 4
+    return total
+
+
+def calibrate(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    types: Sequence[str] | str = DEFAULT_TYPES,
+    *,
+    text: str | os.PathLike[str] | None = None,
+    n_tokens: int = DEFAULT_TOKENS,
+    n_ctx: int = DEFAULT_CTX,
+    seed: int = 0,
+    n_threads: int | None = None,
+    n_gpu_layers: int = 0,
+    memory_bytes: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Calibrated:
+    """Train PQ codebooks for the model in ``src`` and write a copy of it that carries them to ``dst``.
+
+    The model is run over ``text`` in our own runtime; ``src`` is left untouched, and ``dst`` appears complete or not at
+    all. The same input, seed and machine give the same codebooks.
+
+    Args:
+        types: cache types to make codebooks for, as names or as one string with commas.
+        text: the text itself (``str``), a file (a path object), or None for the one that ships with the package.
+        n_tokens: how much of it to use; more is a little more accurate.
+        n_ctx: tokens per context; clipped to what the model was trained on.
+        n_gpu_layers: as llama.cpp's -ngl; -1 for all.
+        memory_bytes: budget for captured rows; the default is a share of the memory that is free.
+        overwrite: replace ``dst`` if it exists.
+        progress: show progress on stderr when it is a terminal.
+
+    Raises:
+        InputError: a file, text, folder or option cannot be used.
+        FormatError: ``src`` is not a sound GGUF file.
+        MismatchError: the model keeps no KV rows that could be coded.
+        NativeError: llama.cpp could not load or run the model.
+    """
+    src, dst = Path(src), Path(dst)
+    specs = parse_types(types)
+    for name, value, least in (("n_tokens", n_tokens, 1), ("n_ctx", n_ctx, 32), ("n_threads", n_threads or 1, 1)):
+        if value < least:
+            raise InputError(f"{name} is {value}, need at least {least}")
+    if src.is_dir():
+        raise InputError(f"{src} is a folder: give a GGUF file ('million convert' takes HF checkpoints)")
+    if dst.exists() and src.exists() and os.path.samefile(src, dst):
+        raise InputError(f"{dst} is the input itself: give another name for the output")
+    with container.GGUFHeader(src) as header:
+        shape = check_model(header, specs)
+        rope_freq_base, digest = shape.rope_freq_base, container.model_digest(header)
+    check_output(dst, overwrite=overwrite)
+    check_space(dst.parent, src.stat().st_size + codebook_file_bytes(shape, specs))
+    calibration_text = load_text(text, n_tokens)
+
+    # Native code and training are loaded only now: a wrong file name should not cost seconds.
+    from .capture import MIN_TOKENS, capture
+
+    if n_tokens < MIN_TOKENS:
+        raise InputError(f"{n_tokens} calibration tokens are too few: give at least {MIN_TOKENS}")
+    with ExitStack() as stack:
+        captured = stack.enter_context(
+            capture(
+                src,
+                calibration_text.text,
+                shape,
+                n_tokens=n_tokens,
+                n_ctx=n_ctx,
+                seed=seed,
+                n_threads=n_threads,
+                n_gpu_layers=n_gpu_layers,
+                memory_bytes=memory_bytes,
+                progress=progress,
+            )
+        )
+        if captured.n_tokens < n_tokens // 2:
+            note(f"the text has only {captured.n_tokens} of {n_tokens} tokens asked for", enabled=progress)
+        trained = _train(captured.rows, shape, specs, seed, n_threads, src, progress)
+    codebooks = container.CodebookSet(
+        block_count=shape.block_count,
+        model_digest=digest,
+        rope_freq_base=rope_freq_base,
+        calibration=container.Calibration(
+            tokens=captured.n_tokens,
+            text_digest=calibration_text.digest,
+            seed=seed,
+            tool=f"million-gguf {__version__}",
+        ),
+        types=trained,
+    )
+    with stage("write", enabled=progress) as bar:
+        container.embed(src, dst, codebooks, bar.set)
+    layers = [i for i, cb in enumerate(next(iter(trained.values())).k) if cb is not None]
+    return Calibrated(
+        path=dst,
+        n_tokens=captured.n_tokens,
+        n_layer=len(layers),
+        errors={
+            name: (_mean([t.k_error[i] for i in layers]), _mean([t.v_error[i] for i in layers]))
+            for name, t in trained.items()
+        },
+    )
+
+
+def _train(
+    rows: object,
+    shape: container.ModelShape,
+    specs: Sequence[PQSpec],
+    seed: int,
+    n_threads: int | None,
+    src: Path,
+    progress: bool,
+) -> dict[str, container.TypeCodebooks]:
+    """Codebooks of every type for every layer that wrote rows. Only one layer's rows are in Python at a time."""
+    from .. import codebook
+    from .capture import K, V, Capture
+
+    assert isinstance(rows, Capture)
+    n_layer = shape.block_count
+    if rows.n_layer > n_layer:
+        raise MismatchError(f"{src}: the model has {n_layer} layers, but layer {rows.n_layer - 1} wrote KV rows")
+    books: dict[str, dict[int, list[Codebook | None]]] = {s.name: {K: [None] * n_layer, V: [None] * n_layer} for s in specs}
+    errors: dict[str, dict[int, list[float]]] = {s.name: {K: [0.0] * n_layer, V: [0.0] * n_layer} for s in specs}
+    coded = [i for i in range(rows.n_layer) if rows.shape(i, K) is not None and rows.shape(i, V) is not None]
+    if not coded:
+        raise MismatchError(f"{src}: no layer wrote both K and V rows, so there is nothing to calibrate: {_OTHER_TYPES}")
+    with stage("train", len(coded) * 2 * len(specs), enabled=progress) as bar:
+        for layer in coded:
+            for kind, sizes in ((K, shape.D_k), (V, shape.D_v)):
+                expected = (shape.n_head_kv[layer], sizes[layer])
+                if rows.shape(layer, kind) != expected:
+                    side = "K" if kind == K else "V"
+                    raise MismatchError(
+                        f"{src}: blk.{layer} {side} rows are of shape {rows.shape(layer, kind)}, "
+                        f"the metadata says {expected} (heads, head size): {_OTHER_TYPES}"
+                    )
+                sample = rows.rows(layer, kind)
+                for spec in specs:
+                    books[spec.name][kind][layer], errors[spec.name][kind][layer] = codebook.train_side(
+                        sample, spec, seed, n_threads=n_threads or 0
+                    )
+                    bar.advance()
+    return {
+        s.name: container.TypeCodebooks(
+            k=books[s.name][K], v=books[s.name][V], k_error=errors[s.name][K], v_error=errors[s.name][V]
+        )
+        for s in specs
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values)) if values else 0.0

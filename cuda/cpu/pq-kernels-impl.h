@@ -1,0 +1,1204 @@
+// The kernels, written once over the vector types of pq-simd.h. A file per instruction set defines PQ_VEC (the widest
+// vector type) and PQ_TABLE_NAME, includes this file, and is compiled with the flags of its instruction set.
+//
+// Attention has two shapes:
+//   many rows (prefill): flash attention. A tile of 64 cells is decoded once for all query rows of the item (every head of
+//     the GQA group, many tokens), K transposed, and scores and values are register-blocked matrix products.
+//   few rows (up to 8; token generation): no tile is ever decoded. K scores come from tables of the inner products
+//     of the queries with all centroids, laid out [subspace][centroid][row], so one load serves every row; V centroids go from
+//     the codebook to the accumulators. Subspaces are the outer loop, so the table in use stays in the L1 cache.
+#pragma once
+
+#include "pq-kernels.h"
+#include "pq-simd.h"
+
+#include <math.h>
+#include <string.h>
+
+namespace {
+
+using V  = PQ_VEC;
+using V8 = pq_vec8;
+
+constexpr int64_t PW = 2 * V::N; // panel width: columns of one micro-kernel
+
+// Compile-time geometry of a type; pq_get_spec() is the same at run time.
+template <int TYPE> struct geom;
+template <> struct geom<PQ_TYPE_PQ4> { enum { DSUB = 2, KSUB = 256, NBITS = 8 }; };
+template <> struct geom<PQ_TYPE_PQ3> { enum { DSUB = 2, KSUB = 64,  NBITS = 6 }; };
+template <> struct geom<PQ_TYPE_PQ2> { enum { DSUB = 4, KSUB = 256, NBITS = 8 }; };
+
+struct head_block {
+    const float    * mu;
+    const float    * T;     // NULL: identity
+    const float    * T_inv; // NULL: identity
+    const uint16_t * centroids;
+};
+
+head_block get_head_block(pq_type type, int32_t D, int32_t has_transform, const uint8_t * codebook, int64_t head) {
+    const pq_codebook_layout l = pq_get_codebook_layout(type, D, has_transform);
+    const uint8_t * p = codebook + (size_t) head * l.head_bytes;
+    head_block b;
+    b.mu        = (const float *) (p + l.mu);
+    b.T         = has_transform ? (const float *) (p + l.T)     : NULL;
+    b.T_inv     = has_transform ? (const float *) (p + l.T_inv) : NULL;
+    b.centroids = (const uint16_t *) (p + l.centroids);
+    return b;
+}
+
+// e**x for x <= 80; 0 below -87, where floats run out. Relative error 2e-7 (the polynomial is that of Cephes).
+template <class W>
+PQ_INLINE typename W::T vexp(typename W::T x) {
+    typedef typename W::T T;
+    const T lowest = W::set1(-87.0f);
+    const T c = W::max(W::min(x, W::set1(88.0f)), lowest);
+    const T n = W::round(W::mul(c, W::set1(1.44269504088896341f)));
+    T r = W::madd(n, W::set1(-0.693359375f), c);
+    r   = W::madd(n, W::set1(2.12194440e-4f), r);
+    T y = W::set1(1.9875691500e-4f);
+    y = W::madd(y, r, W::set1(1.3981999507e-3f));
+    y = W::madd(y, r, W::set1(8.3334519073e-3f));
+    y = W::madd(y, r, W::set1(4.1665795894e-2f));
+    y = W::madd(y, r, W::set1(1.6666665459e-1f));
+    y = W::madd(y, r, W::set1(5.0000001201e-1f));
+    y = W::madd(W::mul(y, r), r, W::add(r, W::set1(1.0f)));
+    return W::if_lt(x, lowest, W::zero(), W::mul(y, W::pow2(n)));
+}
+
+template <class W>
+PQ_INLINE typename W::T vtanh(typename W::T x) {
+    const typename W::T c = W::max(W::min(x, W::set1(20.0f)), W::set1(-20.0f)); // +-1 beyond, in floats
+    const typename W::T e = vexp<W>(W::add(c, c));
+    return W::sub(W::set1(1.0f), W::div(W::set1(2.0f), W::add(e, W::set1(1.0f))));
+}
+
+// ---- matrix products ----
+
+// C [MR][NR vectors] = or += A [MR][K] * B [K][NR vectors]. FUSED: each element is one chain of fused multiply-adds over
+// k = 0, 1, ... from 0, whatever the vector width, which is what makes codes equal on every instruction set.
+template <int MR, int NR, bool FUSED>
+PQ_INLINE void micro_kernel(const float * A, int64_t lda, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t K,
+                            bool accumulate) {
+    V::T c[MR][NR];
+    PQ_UNROLL
+    for (int r = 0; r < MR; r++) {
+        PQ_UNROLL
+        for (int j = 0; j < NR; j++) {
+            c[r][j] = accumulate ? V::load(C + r * ldc + j * V::N) : V::zero();
+        }
+    }
+    for (int64_t k = 0; k < K; k++) {
+        V::T b[NR];
+        PQ_UNROLL
+        for (int j = 0; j < NR; j++) {
+            b[j] = V::load(B + k * ldb + j * V::N);
+        }
+        PQ_UNROLL
+        for (int r = 0; r < MR; r++) {
+            const V::T a = V::set1(A[r * lda + k]);
+            PQ_UNROLL
+            for (int j = 0; j < NR; j++) {
+                c[r][j] = FUSED ? V::fma(a, b[j], c[r][j]) : V::madd(a, b[j], c[r][j]);
+            }
+        }
+    }
+    PQ_UNROLL
+    for (int r = 0; r < MR; r++) {
+        PQ_UNROLL
+        for (int j = 0; j < NR; j++) {
+            V::store(C + r * ldc + j * V::N, c[r][j]);
+        }
+    }
+}
+
+template <int MR, int NR, bool FUSED>
+void gemm_rows_left(const float * A, int64_t lda, int64_t rows, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t K,
+                    bool accumulate) {
+    if constexpr (MR > 0) {
+        if (rows == MR) {
+            micro_kernel<MR, NR, FUSED>(A, lda, B, ldb, C, ldc, K, accumulate);
+        } else {
+            gemm_rows_left<MR - 1, NR, FUSED>(A, lda, rows, B, ldb, C, ldc, K, accumulate);
+        }
+    }
+}
+
+template <int NR, bool FUSED>
+void gemm_panel(const float * A, int64_t lda, int64_t rows, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t K,
+                bool accumulate) {
+    int64_t r = 0;
+    for (; r + V::MR <= rows; r += V::MR) {
+        micro_kernel<V::MR, NR, FUSED>(A + r * lda, lda, B, ldb, C + r * ldc, ldc, K, accumulate);
+    }
+    gemm_rows_left<V::MR - 1, NR, FUSED>(A + r * lda, lda, rows - r, B, ldb, C + r * ldc, ldc, K, accumulate);
+}
+
+// C [rows][N] = A [rows][K] * B [K][N], N a multiple of 8. Rows of C hold at least N rounded up to PQ_PAD floats. The last vector of
+// a row of B may reach up to 8 floats past it, which for a map is still inside its head block.
+template <bool FUSED>
+void gemm(const float * A, int64_t lda, int64_t rows, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t N, int64_t K) {
+    int64_t j = 0;
+    for (; rows == 1 && j + 8 * V::N <= N; j += 8 * V::N) { // two sums alone would wait for each other's latency
+        micro_kernel<1, 8, FUSED>(A, lda, B + j, ldb, C + j, ldc, K, false);
+    }
+    for (; j + PW <= N; j += PW) {
+        gemm_panel<2, FUSED>(A, lda, rows, B + j, ldb, C + j, ldc, K, false);
+    }
+    for (; j < N; j += V::N) {
+        gemm_panel<1, FUSED>(A, lda, rows, B + j, ldb, C + j, ldc, K, false);
+    }
+}
+
+// C += A [rows][K] * B, B in panels [ceil(N / PW)][K][PW]
+void gemm_panels(const float * A, int64_t lda, int64_t rows, const float * B, float * C, int64_t ldc, int64_t N, int64_t K,
+                 bool accumulate) {
+    int64_t j = 0;
+    for (; j + V::N < N; j += PW) {
+        gemm_panel<2, false>(A, lda, rows, B + j * K, PW, C + j, ldc, K, accumulate);
+    }
+    if (j < N) {
+        gemm_panel<1, false>(A, lda, rows, B + j * K, PW, C + j, ldc, K, accumulate);
+    }
+}
+
+template <int R, int J>
+PQ_INLINE void dots(const float * A, int64_t lda, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t K) {
+    V8::T c[R][J];
+    PQ_UNROLL
+    for (int r = 0; r < R; r++) {
+        PQ_UNROLL
+        for (int j = 0; j < J; j++) {
+            c[r][j] = V8::zero();
+        }
+    }
+    for (int64_t k = 0; k < K; k += 8) {
+        V8::T b[J];
+        PQ_UNROLL
+        for (int j = 0; j < J; j++) {
+            b[j] = V8::load(B + j * ldb + k);
+        }
+        PQ_UNROLL
+        for (int r = 0; r < R; r++) {
+            const V8::T a = V8::load(A + r * lda + k);
+            PQ_UNROLL
+            for (int j = 0; j < J; j++) {
+                c[r][j] = V8::madd(a, b[j], c[r][j]);
+            }
+        }
+    }
+    PQ_UNROLL
+    for (int r = 0; r < R; r++) {
+        PQ_UNROLL
+        for (int j = 0; j < J; j++) {
+            C[r * ldc + j] = V8::hsum(c[r][j]);
+        }
+    }
+}
+
+// C [rows][N] = A [rows][K] * B^T, B [N][K]; K a multiple of 8, N of 4
+void gemm_nt(const float * A, int64_t lda, int64_t rows, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t N, int64_t K) {
+    for (int64_t j = 0; j < N; j += 4) {
+        int64_t r = 0;
+        for (; r + 2 <= rows; r += 2) {
+            dots<2, 4>(A + r * lda, lda, B + j * ldb, ldb, C + r * ldc + j, ldc, K);
+        }
+        if (r < rows) {
+            dots<1, 4>(A + r * lda, lda, B + j * ldb, ldb, C + r * ldc + j, ldc, K);
+        }
+    }
+}
+
+// ---- codes ----
+
+// Unpacks codes m0.. of one head to bytes: group g, 8 codes, to dst + g * group_stride; missing codes of the last group are 0.
+template <int TYPE>
+PQ_INLINE void unpack_cell(const uint8_t * src, int64_t m0, int64_t M, uint8_t * dst, int64_t group_stride) {
+    constexpr int NBITS = geom<TYPE>::NBITS;
+    src += m0 * NBITS / 8;
+    dst += m0 / 8 * group_stride;
+    for (int64_t m = m0; m < M; m += 8, src += NBITS, dst += group_stride) {
+        uint64_t w = 0;
+        if (NBITS == 8) {
+            for (int64_t j = 0; j < 8; j++) {
+                dst[j] = m + j < M ? src[j] : 0;
+            }
+            continue;
+        }
+        for (int j = 0; j < (m + 4 < M ? 6 : 3); j++) {
+            w |= (uint64_t) src[j] << (8 * j);
+        }
+        // 24 bits in each half -> 12 in each quarter -> 6 in each byte
+        w = (w & 0x0000000000ffffffu) | (w & 0x0000ffffff000000u) << 8;
+        w = (w & 0x00000fff00000fffu) | (w & 0x00fff00000fff000u) << 4;
+        w = (w & 0x003f003f003f003fu) | (w & 0x0fc00fc00fc00fc0u) << 2;
+        for (int j = 0; j < 8; j++) {
+            dst[j] = (uint8_t) (w >> (8 * j));
+        }
+    }
+}
+
+// The same for n cells, at data + cell(i) * row_stride; cell i goes to dst + 8 * i.
+template <int TYPE, class CELL>
+PQ_INLINE void unpack_cells(const uint8_t * data, size_t row_stride, CELL cell, int64_t n, int64_t M, uint8_t * dst, int64_t group_stride) {
+    constexpr int NBITS = geom<TYPE>::NBITS;
+    const int64_t m_wide = V8::UNPACKS_4_CELLS ? M / 32 * 32 : 0;
+    const int64_t n_wide = V8::UNPACKS_4_CELLS ? n / 4 * 4 : 0;
+    for (int64_t i = 0; i < n_wide; i += 4) {
+        const uint8_t * s[4];
+        for (int64_t j = 0; j < 4; j++) {
+            s[j] = data + (size_t) cell(i + j) * row_stride;
+            // rows of one head lie a whole cell apart, too far for some prefetchers
+            PQ_PREFETCH(data + (size_t) cell(pq_min(i + j + 16, n - 1)) * row_stride);
+        }
+        for (int64_t m = 0; m < m_wide; m += 32) {
+            V8::unpack_4_cells<NBITS>(s[0] + m * NBITS / 8, s[1] + m * NBITS / 8, s[2] + m * NBITS / 8, s[3] + m * NBITS / 8,
+                                      dst + m / 8 * group_stride + i * 8, group_stride);
+        }
+        for (int64_t j = 0; j < 4; j++) {
+            unpack_cell<TYPE>(s[j], m_wide, M, dst + (i + j) * 8, group_stride);
+        }
+    }
+    for (int64_t i = n_wide; i < n; i++) {
+        unpack_cell<TYPE>(data + (size_t) cell(i) * row_stride, 0, M, dst + i * 8, group_stride);
+    }
+}
+
+template <int TYPE>
+PQ_INLINE void pack_codes(const uint8_t * codes, int64_t M, uint8_t * dst) {
+    if constexpr (TYPE == PQ_TYPE_PQ3) {
+        for (int64_t m = 0; m < M; m += 4, codes += 4, dst += 3) {
+            const uint32_t w = (uint32_t) codes[0] | (uint32_t) codes[1] << 6 | (uint32_t) codes[2] << 12 | (uint32_t) codes[3] << 18;
+            dst[0] = (uint8_t) w;
+            dst[1] = (uint8_t) (w >> 8);
+            dst[2] = (uint8_t) (w >> 16);
+        }
+    } else {
+        memcpy(dst, codes, (size_t) M);
+    }
+}
+
+PQ_INLINE uint32_t load_codes(const uint8_t * p, int n) { // n 2 or 4
+    uint32_t w = (uint32_t) p[0] | (uint32_t) p[1] << 8;
+    if (n == 4) {
+        w |= (uint32_t) p[2] << 16 | (uint32_t) p[3] << 24;
+    }
+    return w;
+}
+
+// f16 [ksub][DSUB] -> f32 [DSUB][ksub]
+template <class W, int DSUB>
+PQ_INLINE void centroids_to_soa(const uint16_t * c, int64_t ksub, float * soa) {
+    for (int64_t i = 0; i < ksub; i += W::N) {
+        if constexpr (DSUB == 2) {
+            typename W::T x, y;
+            W::unzip(W::load_f16(c + 2 * i), W::load_f16(c + 2 * i + W::N), &x, &y);
+            W::store(soa + i, x);
+            W::store(soa + ksub + i, y);
+        } else {
+            typename W::T xz0, yw0, xz1, yw1, x, y, z, w;
+            W::unzip(W::load_f16(c + 4 * i),            W::load_f16(c + 4 * i +     W::N), &xz0, &yw0);
+            W::unzip(W::load_f16(c + 4 * i + 2 * W::N), W::load_f16(c + 4 * i + 3 * W::N), &xz1, &yw1);
+            W::unzip(xz0, xz1, &x, &z);
+            W::unzip(yw0, yw1, &y, &w);
+            W::store(soa + i, x);
+            W::store(soa + ksub + i, y);
+            W::store(soa + 2 * ksub + i, z);
+            W::store(soa + 3 * ksub + i, w);
+        }
+    }
+}
+
+// ---- encode ----
+
+// Nearest centroid of R points. The distance is (y0 - c0)^2 + (y1 - c1)^2 + ..., summed from the left without fusing. Every lane keeps the
+// first of its equals, and the lanes are merged by the lowest index, so a tie goes to the lowest index.
+// Centroids come as f32 [DSUB][ksub], or, with F16, as they lie in the codebook: for one row conversion in passing is quicker.
+template <int DSUB, int R, bool F16>
+PQ_INLINE void nearest(const float * y, int64_t y_stride, const void * centroids, int64_t ksub, uint8_t * code, int64_t code_stride,
+                       float * dist) {
+    V::T best[R], index[R], p[R][DSUB];
+    PQ_UNROLL
+    for (int r = 0; r < R; r++) {
+        best[r]  = V::set1(INFINITY);
+        index[r] = V::zero();
+        PQ_UNROLL
+        for (int e = 0; e < DSUB; e++) {
+            p[r][e] = V::set1(y[r * y_stride + e]);
+        }
+    }
+    V::T lane = F16 ? V::centroid_lanes<DSUB>() : V::iota();
+    for (int64_t c = 0; c < ksub; c += V::N) {
+        V::T x[DSUB];
+        if constexpr (F16) {
+            V::load_centroids<DSUB>((const uint16_t *) centroids + c * DSUB, x);
+        } else {
+            PQ_UNROLL
+            for (int e = 0; e < DSUB; e++) {
+                x[e] = V::load((const float *) centroids + e * ksub + c);
+            }
+        }
+        PQ_UNROLL
+        for (int r = 0; r < R; r++) {
+            V::T d = V::sub(p[r][0], x[0]);
+            d = V::mul(d, d);
+            PQ_UNROLL
+            for (int e = 1; e < DSUB; e++) {
+                const V::T d_e = V::sub(p[r][e], x[e]);
+                d = V::add(d, V::mul(d_e, d_e));
+            }
+            index[r] = V::if_lt(d, best[r], lane, index[r]);
+            best[r]  = V::min(d, best[r]); // keeps `best` when d is NaN
+        }
+        lane = V::add(lane, V::set1((float) V::N));
+    }
+    PQ_UNROLL
+    for (int r = 0; r < R; r++) {
+        const float b = V::hmin(best[r]);
+        const V::T  i = V::if_eq(best[r], V::set1(b), index[r], V::set1((float) PQ_MAX_KSUB));
+        code[r * code_stride] = (uint8_t) V::hmin(i);
+        if (dist) {
+            dist[r] = b;
+        }
+    }
+}
+
+template <int TYPE>
+void encode_tile(const pq_encode_params * p, int64_t row0, int64_t n, int64_t head, const head_block & hb, const pq_encode_scratch & s) {
+    constexpr int DSUB = geom<TYPE>::DSUB;
+    constexpr int KSUB = geom<TYPE>::KSUB;
+    const int64_t D = p->D, M = D / DSUB, ld = pq_padded(D);
+
+    for (int64_t r = 0; r < n; r++) {
+        const uint8_t * src = (const uint8_t *) p->x + (row0 + r) * p->x_row_stride + head * p->x_head_stride;
+        float * x = s.x + r * ld;
+        for (int64_t i = 0; i < D; i += 8) {
+            const V8::T v = p->x_f16 ? V8::load_f16((const uint16_t *) src + i) : V8::load((const float *) src + i);
+            V8::store(x + i, V8::sub(v, V8::load(hb.mu + i)));
+        }
+    }
+    const float * y = s.x;
+    if (hb.T) {
+        gemm<true>(s.x, ld, n, hb.T, D, s.y, ld, D, D);
+        y = s.y;
+    }
+
+    for (int64_t m = 0; m < M; m++) {
+        const uint16_t * cen = hb.centroids + m * KSUB * DSUB;
+        int64_t r = 0;
+        if (n >= 4) {
+            centroids_to_soa<V, DSUB>(cen, KSUB, s.soa);
+            for (; r + 4 <= n; r += 4) {
+                nearest<DSUB, 4, false>(y + r * ld + m * DSUB, ld, s.soa, KSUB, s.codes + r * PQ_MAX_M + m, PQ_MAX_M, NULL);
+            }
+        }
+        for (; r < n; r++) {
+            nearest<DSUB, 1, true>(y + r * ld + m * DSUB, ld, cen, KSUB, s.codes + r * PQ_MAX_M + m, PQ_MAX_M, NULL);
+        }
+    }
+
+    for (int64_t r = 0; r < n; r++) {
+        const int64_t cell = p->row_idx ? p->row_idx[row0 + r] : row0 + r;
+        pack_codes<TYPE>(s.codes + r * PQ_MAX_M, M, p->codes + cell * p->codes_row_stride + head * pq_head_bytes(p->type, p->D));
+    }
+}
+
+void encode_item(const pq_encode_params * p, int64_t item, void * scratch) {
+    pq_arena a = pq_arena_begin(scratch);
+    const pq_encode_scratch s = pq_encode_carve(&a, p->D);
+    const int64_t head = item % p->n_head_kv;
+    const int64_t row0 = item / p->n_head_kv * PQ_ROW_TILE;
+    const int64_t n    = pq_min(PQ_ROW_TILE, p->n_rows - row0);
+    const head_block hb = get_head_block(p->type, p->D, p->has_transform, p->codebook, head);
+    switch (p->type) {
+        case PQ_TYPE_PQ4: encode_tile<PQ_TYPE_PQ4>(p, row0, n, head, hb, s); break;
+        case PQ_TYPE_PQ3: encode_tile<PQ_TYPE_PQ3>(p, row0, n, head, hb, s); break;
+        case PQ_TYPE_PQ2: encode_tile<PQ_TYPE_PQ2>(p, row0, n, head, hb, s); break;
+        default: break;
+    }
+}
+
+// ---- decode ----
+
+// staged [groups][n_staged][8] -> y, 8 elements of cell t from element d on at y + t * t_stride + offset(d)
+template <int TYPE, class OFFSET>
+PQ_INLINE void decode_rows(const uint8_t * staged, int64_t n_staged, int64_t n, int64_t D, const uint16_t * centroids,
+                           float * y, int64_t t_stride, OFFSET offset) {
+    constexpr int DSUB = geom<TYPE>::DSUB;
+    constexpr int KSUB = geom<TYPE>::KSUB;
+    for (int64_t d = 0; d < D; d += 8) {
+        const int64_t    m   = d / DSUB;
+        const uint8_t  * src = staged + m / 8 * n_staged * 8 + m % 8;
+        const uint16_t * c   = centroids + m * KSUB * DSUB;
+        float          * dst = y + offset(d);
+        for (int64_t t = 0; t < n; t++) {
+            V8::store(dst + t * t_stride, V8::gather_f16<DSUB>(c, KSUB * DSUB, load_codes(src + t * 8, 8 / DSUB)));
+        }
+    }
+}
+
+template <int TYPE>
+void decode_tile(const pq_decode_params * p, int64_t row0, int64_t n, int64_t head, const head_block & hb, const pq_decode_scratch & s) {
+    const int64_t D = p->D, M = D / geom<TYPE>::DSUB, ld = pq_padded(D);
+    unpack_cells<TYPE>(p->codes + row0 * p->codes_row_stride + head * pq_head_bytes(p->type, p->D), p->codes_row_stride,
+                       [](int64_t i) { return i; }, n, M, s.staged, PQ_ROW_TILE * 8);
+    decode_rows<TYPE>(s.staged, PQ_ROW_TILE, n, D, hb.centroids, s.y, ld, [](int64_t d) { return d; });
+    const float * x = s.y;
+    if (hb.T_inv) {
+        gemm<false>(s.y, ld, n, hb.T_inv, D, s.x, ld, D, D);
+        x = s.x;
+    }
+    for (int64_t r = 0; r < n; r++) {
+        float * dst = (float *) ((uint8_t *) p->x + (row0 + r) * p->x_row_stride + head * p->x_head_stride);
+        for (int64_t i = 0; i < D; i += 8) {
+            V8::store(dst + i, V8::add(V8::load(x + r * ld + i), V8::load(hb.mu + i)));
+        }
+    }
+}
+
+void decode_item(const pq_decode_params * p, int64_t item, void * scratch) {
+    pq_arena a = pq_arena_begin(scratch);
+    const pq_decode_scratch s = pq_decode_carve(&a, p->D);
+    const int64_t head = item % p->n_head_kv;
+    const int64_t row0 = item / p->n_head_kv * PQ_ROW_TILE;
+    const int64_t n    = pq_min(PQ_ROW_TILE, p->n_rows - row0);
+    const head_block hb = get_head_block(p->type, p->D, p->has_transform, p->codebook, head);
+    switch (p->type) {
+        case PQ_TYPE_PQ4: decode_tile<PQ_TYPE_PQ4>(p, row0, n, head, hb, s); break;
+        case PQ_TYPE_PQ3: decode_tile<PQ_TYPE_PQ3>(p, row0, n, head, hb, s); break;
+        case PQ_TYPE_PQ2: decode_tile<PQ_TYPE_PQ2>(p, row0, n, head, hb, s); break;
+        default: break;
+    }
+}
+
+// ---- attention: what both shapes share ----
+
+struct attn_item_ctx {
+    const pq_attn_params * p;
+    pq_attn_plan           pl;
+    pq_attn_scratch        s;
+    int64_t stream, head_kv, block, chunk;
+    int64_t tok0, n_tok, n_rows; // of this block
+    int64_t kv0, kv1;            // cells of this chunk
+    const uint8_t * k_data;
+    const uint8_t * v_data;
+    head_block k_block, v_block; // centroids NULL without codes
+};
+
+head_block get_side_block(const pq_attn_side & side, int64_t head) {
+    if (side.type == PQ_TYPE_COUNT) {
+        const head_block none = { NULL, NULL, NULL, NULL };
+        return none;
+    }
+    return get_head_block(side.type, side.D, side.has_transform, side.codebook, head);
+}
+
+void attn_begin(attn_item_ctx * c, const pq_attn_params * p, int64_t base, int64_t chunk, void * scratch) {
+    c->p  = p;
+    c->pl = pq_attn_make_plan(p);
+    pq_arena a = pq_arena_begin(scratch);
+    c->s = pq_attn_carve(&a, &c->pl);
+
+    c->chunk   = chunk;
+    c->block   = base % c->pl.n_block;
+    c->head_kv = base / c->pl.n_block % p->n_head_kv;
+    c->stream  = base / c->pl.n_block / p->n_head_kv;
+    c->tok0    = c->block * c->pl.n_tok;
+    c->n_tok   = pq_min(c->pl.n_tok, p->n_q - c->tok0);
+    c->n_rows  = c->n_tok * c->pl.n_group;
+    c->kv0     = chunk * c->pl.chunk;
+    c->kv1     = pq_min(c->kv0 + c->pl.chunk, p->n_kv);
+    c->k_data  = p->k.data + c->stream * p->k.stream_stride + c->head_kv * p->k.head_stride;
+    c->v_data  = p->v.data + c->stream * p->v.stream_stride + c->head_kv * p->v.head_stride;
+    c->k_block = get_side_block(p->k, c->head_kv);
+    c->v_block = get_side_block(p->v, c->head_kv);
+}
+
+PQ_INLINE int64_t row_tok (const attn_item_ctx * c, int64_t r) { return c->tok0 + r / c->pl.n_group; }
+PQ_INLINE int64_t row_head(const attn_item_ctx * c, int64_t r) { return c->head_kv * c->pl.n_group + r % c->pl.n_group; }
+
+PQ_INLINE const uint16_t * mask_row(const attn_item_ctx * c, int64_t r) {
+    const pq_attn_params * p = c->p;
+    return (const uint16_t *) (p->mask + row_tok(c, r) * p->mask_token_stride + row_head(c, r) % p->n_head_mask * p->mask_head_stride
+                               + c->stream % p->n_stream_mask * p->mask_stream_stride);
+}
+
+// Reads the queries and maps them: q' = T^-1 q, so that q'.y = q.(x - mu).
+void attn_queries(attn_item_ctx * c) {
+    const pq_attn_params * p = c->p;
+    const int64_t D = p->k.D, ld = c->pl.dk;
+    const int64_t rows = pq_max(c->n_rows, c->pl.rp);
+
+    const uint32_t n_head_log2 = 1u << (uint32_t) floor(log2((double) p->n_head));
+    const float    m0 = powf(2.0f, -(p->max_bias       ) / n_head_log2);
+    const float    m1 = powf(2.0f, -(p->max_bias / 2.0f) / n_head_log2);
+
+    float * q = c->k_block.T_inv ? c->s.q : c->s.qt;
+    memset(q, 0, (size_t) (rows * ld) * sizeof(float));
+    if (c->k_block.T_inv) {
+        memset(c->s.qt, 0, (size_t) (rows * ld) * sizeof(float));
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        c->s.m[r]     = -INFINITY;
+        c->s.sum[r]   = 0.0f;
+        c->s.q_mu[r]  = 0.0f;
+        c->s.slope[r] = 1.0f;
+        if (r >= c->n_rows) {
+            continue; // rows that fill up a vector
+        }
+        const uint32_t h = (uint32_t) row_head(c, r);
+        memcpy(q + r * ld, p->q + row_tok(c, r) * p->q_token_stride + h * p->q_head_stride + c->stream * p->q_stream_stride,
+               (size_t) D * sizeof(float));
+        if (p->max_bias > 0.0f) {
+            c->s.slope[r] = h < n_head_log2 ? powf(m0, (float) (h + 1)) : powf(m1, (float) (2 * (h - n_head_log2) + 1));
+        }
+        if (c->k_block.mu) {
+            V8::T sum = V8::zero();
+            for (int64_t i = 0; i < D; i += 8) {
+                sum = V8::madd(V8::load(q + r * ld + i), V8::load(c->k_block.mu + i), sum);
+            }
+            c->s.q_mu[r] = V8::hsum(sum);
+        }
+    }
+    if (c->k_block.T_inv) {
+        gemm_nt(q, ld, c->n_rows, c->k_block.T_inv, D, c->s.qt, ld, D, D);
+    }
+    memset(c->s.o, 0, (size_t) (rows * c->pl.dv) * sizeof(float));
+}
+
+// Adds the sinks, maps the sums back (o T^-1 + mu times the weight of the coded rows) and writes the result.
+void attn_write(attn_item_ctx * c) {
+    const pq_attn_params * p = c->p;
+    const int64_t D = p->v.D, ld = c->pl.dv;
+    float * out = c->s.o;
+    if (c->v_block.T_inv) {
+        out = c->s.q;
+        gemm<false>(c->s.o, ld, c->n_rows, c->v_block.T_inv, D, out, ld, D, D);
+    }
+    for (int64_t r = 0; r < c->n_rows; r++) {
+        float m = c->s.m[r], sum = c->s.sum[r], weight = 1.0f;
+        const int64_t h = row_head(c, r);
+        if (p->sinks) {
+            const float sink = p->sinks[h];
+            if (sink > m) {
+                weight = expf(m - sink);
+                sum    = sum * weight + 1.0f;
+            } else if (m != -INFINITY) {
+                sum += expf(sink - m);
+            }
+        }
+        const float inv    = sum == 0.0f ? 0.0f : weight / sum;
+        const float w_mu   = sum == 0.0f ? 0.0f : c->s.sum[r] * inv; // the sink has no value, hence no mu
+        float     * dst    = (float *) ((uint8_t *) p->dst + c->stream * p->dst_stream_stride + row_tok(c, r) * p->dst_token_stride
+                                        + h * p->dst_head_stride);
+        for (int64_t i = 0; i < D; i++) {
+            dst[i] = out[r * ld + i] * inv + (c->v_block.mu ? c->v_block.mu[i] * w_mu : 0.0f);
+        }
+    }
+}
+
+void attn_end(attn_item_ctx * c, int64_t base, void * partials) {
+    if (c->pl.n_chunk == 1) {
+        attn_write(c);
+        return;
+    }
+    float * part = (float *) partials + (base * c->pl.n_chunk + c->chunk) * c->pl.partial_floats;
+    memcpy(part,                c->s.m,   (size_t) c->n_rows * sizeof(float));
+    memcpy(part + c->pl.n_rows, c->s.sum, (size_t) c->n_rows * sizeof(float));
+    memcpy(part + 2 * c->pl.n_rows, c->s.o, (size_t) (c->n_rows * c->pl.dv) * sizeof(float));
+}
+
+void attn_reduce_item(const pq_attn_params * p, int64_t item, void * partials, void * scratch) {
+    attn_item_ctx ctx, * c = &ctx;
+    attn_begin(c, p, item, 0, scratch);
+    const int64_t ld = c->pl.dv;
+    const float * parts = (const float *) partials + item * c->pl.n_chunk * c->pl.partial_floats;
+
+    for (int64_t r = 0; r < c->n_rows; r++) {
+        float m = -INFINITY, sum = 0.0f;
+        for (int64_t i = 0; i < c->pl.n_chunk; i++) {
+            const float m_i = parts[i * c->pl.partial_floats + r];
+            m = m_i > m ? m_i : m;
+        }
+        float * o = c->s.o + r * ld;
+        memset(o, 0, (size_t) ld * sizeof(float));
+        for (int64_t i = 0; i < c->pl.n_chunk; i++) {
+            const float * part = parts + i * c->pl.partial_floats;
+            if (part[r] == -INFINITY) {
+                continue;
+            }
+            const float f = expf(part[r] - m);
+            sum += part[c->pl.n_rows + r] * f;
+            const float * o_i = part + 2 * c->pl.n_rows + r * ld;
+            for (int64_t j = 0; j < ld; j += V::N) {
+                V::store(o + j, V::madd(V::load(o_i + j), V::set1(f), V::load(o + j)));
+            }
+        }
+        c->s.m[r]   = m;
+        c->s.sum[r] = sum;
+    }
+    attn_write(c);
+}
+
+template <class W>
+PQ_INLINE typename W::T score_post(const pq_attn_params * p, typename W::T s, float scale) {
+    s = W::mul(s, W::set1(scale));
+    if (p->logit_softcap != 0.0f) {
+        s = W::mul(W::set1(p->logit_softcap), vtanh<W>(s));
+    }
+    return s;
+}
+
+// ---- attention with many rows ----
+
+template <int TYPE>
+void load_k_tile(attn_item_ctx * c, int64_t cell0, int64_t n) {
+    constexpr int DSUB = geom<TYPE>::DSUB;
+    constexpr int KSUB = geom<TYPE>::KSUB;
+    const int64_t D = c->p->k.D, M = D / DSUB;
+    unpack_cells<TYPE>(c->k_data, c->p->k.row_stride, [=](int64_t t) { return cell0 + pq_min(t, n - 1); }, // the mask takes repeats out
+                       PQ_KV_TILE, M, c->s.staged, PQ_KV_TILE * 8);
+    for (int64_t m = 0; m < M; m++) {
+        const uint8_t  * src = c->s.staged + m / 8 * PQ_KV_TILE * 8 + m % 8;
+        const uint16_t * cen = c->k_block.centroids + m * KSUB * DSUB;
+        for (int64_t t = 0; t < PQ_KV_TILE; t += 8) {
+            V8::T x[DSUB];
+            V8::gather_cells<DSUB>(cen, src + t * 8, x);
+            float * dst = c->s.kt + t / PW * D * PW + m * DSUB * PW + t % PW;
+            PQ_UNROLL
+            for (int e = 0; e < DSUB; e++) {
+                V8::store(dst + e * PW, x[e]);
+            }
+        }
+    }
+}
+
+template <int TYPE>
+void load_v_tile(attn_item_ctx * c, int64_t cell0, int64_t n) {
+    const int64_t D = c->p->v.D, M = D / geom<TYPE>::DSUB;
+    unpack_cells<TYPE>(c->v_data, c->p->v.row_stride, [=](int64_t t) { return cell0 + pq_min(t, n - 1); }, // weight 0 for repeats
+                       PQ_KV_TILE, M, c->s.staged, PQ_KV_TILE * 8);
+    decode_rows<TYPE>(c->s.staged, PQ_KV_TILE, PQ_KV_TILE, D, c->v_block.centroids, c->s.vt, PW,
+                      [](int64_t d) { return d / PW * PQ_KV_TILE * PW + d % PW; });
+}
+
+// scores of a tile, s [rows][PQ_KV_TILE]; what stands past column n is finite and meaningless
+void tile_scores(attn_item_ctx * c, int64_t cell0, int64_t n) {
+    const pq_attn_side & k = c->p->k;
+    const int64_t ld = c->pl.dk;
+    switch (k.type) {
+        case PQ_TYPE_PQ4: load_k_tile<PQ_TYPE_PQ4>(c, cell0, n); break;
+        case PQ_TYPE_PQ3: load_k_tile<PQ_TYPE_PQ3>(c, cell0, n); break;
+        case PQ_TYPE_PQ2: load_k_tile<PQ_TYPE_PQ2>(c, cell0, n); break;
+        default:
+            for (int64_t t = 0; t < PQ_KV_TILE; t++) {
+                float * row = c->s.kt + t * ld;
+                memset(row + k.D / 8 * 8, 0, (size_t) (ld - k.D / 8 * 8) * sizeof(float));
+                k.to_float(c->k_data + (cell0 + pq_min(t, n - 1)) * k.row_stride, row, k.D);
+            }
+            gemm_nt(c->s.qt, ld, c->n_rows, c->s.kt, ld, c->s.s, PQ_KV_TILE, PQ_KV_TILE, pq_round_up(k.D, 8));
+            return;
+    }
+    for (int64_t t = 0; t < PQ_KV_TILE; t += PW) {
+        gemm_panel<2, false>(c->s.qt, ld, c->n_rows, c->s.kt + t * k.D, PW, c->s.s + t, PQ_KV_TILE, k.D, false);
+    }
+}
+
+void tile_values(attn_item_ctx * c, int64_t cell0, int64_t n) {
+    const pq_attn_side & v = c->p->v;
+    switch (v.type) {
+        case PQ_TYPE_PQ4: load_v_tile<PQ_TYPE_PQ4>(c, cell0, n); break;
+        case PQ_TYPE_PQ3: load_v_tile<PQ_TYPE_PQ3>(c, cell0, n); break;
+        case PQ_TYPE_PQ2: load_v_tile<PQ_TYPE_PQ2>(c, cell0, n); break;
+        default:
+            for (int64_t t = 0; t < PQ_KV_TILE; t++) {
+                v.to_float(c->v_data + (cell0 + pq_min(t, n - 1)) * v.row_stride, c->s.row, v.D);
+                for (int64_t d = 0; d < v.D; d += PW) {
+                    memcpy(c->s.vt + (d / PW * PQ_KV_TILE + t) * PW, c->s.row + d, (size_t) pq_min(PW, v.D - d) * sizeof(float));
+                }
+            }
+            break;
+    }
+    gemm_panels(c->s.s, PQ_KV_TILE, c->n_rows, c->s.vt, c->s.o, c->pl.dv, v.D, PQ_KV_TILE, true);
+}
+
+bool tile_is_masked(const attn_item_ctx * c, int64_t cell0, int64_t n) {
+    const int64_t n_group = c->p->n_head_mask == 1 ? c->pl.n_group : 1; // heads that share a mask row
+    for (int64_t r = 0; r < c->n_rows; r += n_group) {
+        const uint16_t * mask = mask_row(c, r) + cell0;
+        int64_t t = 0;
+        for (; t + 4 <= n; t += 4) {
+            uint64_t w;
+            memcpy(&w, mask + t, 8);
+            if (w != 0xfc00fc00fc00fc00u) {
+                return false;
+            }
+        }
+        for (; t < n; t++) {
+            if (mask[t] != 0xfc00) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+// Online softmax of one tile: scores -> weights, in place; brings m, sum and o of each row up to date.
+void tile_softmax(attn_item_ctx * c, int64_t cell0, int64_t n, float scale) {
+    const pq_attn_params * p = c->p;
+    for (int64_t r = 0; r < c->n_rows; r++) {
+        float * s = c->s.s + r * PQ_KV_TILE;
+        const uint16_t * mask = p->mask ? mask_row(c, r) + cell0 : NULL;
+        uint16_t last[PQ_KV_TILE];
+        if (n < PQ_KV_TILE) {
+            for (int64_t t = 0; t < PQ_KV_TILE; t++) {
+                last[t] = t >= n ? 0xfc00 : mask ? mask[t] : 0;
+            }
+            mask = last;
+        }
+        const V::T q_mu  = V::set1(c->s.q_mu[r]);
+        const V::T slope = V::set1(c->s.slope[r]);
+        V::T top = V::set1(-INFINITY);
+        for (int64_t t = 0; t < PQ_KV_TILE; t += V::N) {
+            V::T x = score_post<V>(p, V::add(V::load(s + t), q_mu), scale);
+            if (mask) {
+                x = V::madd(V::load_f16(mask + t), slope, x);
+            }
+            top = V::max(top, x);
+            V::store(s + t, x);
+        }
+        const float m_old = c->s.m[r];
+        const float tile  = V::hmax(top);
+        const float m_new = tile > m_old ? tile : m_old;
+        if (m_new == -INFINITY) { // this row has seen no cell yet
+            memset(s, 0, PQ_KV_TILE * sizeof(float));
+            continue;
+        }
+        const V::T m = V::set1(m_new);
+        V::T sum = V::zero();
+        for (int64_t t = 0; t < PQ_KV_TILE; t += V::N) {
+            const V::T w = vexp<V>(V::sub(V::load(s + t), m));
+            sum = V::add(sum, w);
+            V::store(s + t, w);
+        }
+        if (m_new != m_old) {
+            const float f = expf(m_old - m_new);
+            float * o = c->s.o + r * c->pl.dv;
+            for (int64_t d = 0; d < c->pl.dv; d += V::N) {
+                V::store(o + d, V::mul(V::load(o + d), V::set1(f)));
+            }
+            c->s.sum[r] *= f;
+            c->s.m[r]    = m_new;
+        }
+        c->s.sum[r] += V::hsum(sum);
+    }
+}
+
+void attn_many_rows(attn_item_ctx * c, float scale) {
+    for (int64_t cell = c->kv0; cell < c->kv1; cell += PQ_KV_TILE) {
+        const int64_t n = pq_min(PQ_KV_TILE, c->kv1 - cell);
+        if (c->p->mask && tile_is_masked(c, cell, n)) {
+            continue;
+        }
+        tile_scores(c, cell, n);
+        tile_softmax(c, cell, n, scale);
+        tile_values(c, cell, n);
+    }
+}
+
+// ---- attention with few rows ----
+
+// Lists the cells that some row may see. Returns their number; *plain tells that no score needs an addition.
+int64_t few_cells(attn_item_ctx * c, int64_t cell0, int64_t n, bool * plain) {
+    const pq_attn_params * p = c->p;
+    int32_t * cells = c->s.cells;
+    *plain = true;
+    if (!p->mask) {
+        for (int64_t t = 0; t < n; t++) {
+            cells[t] = (int32_t) t;
+        }
+        return n;
+    }
+    const uint16_t * masks[PQ_FEW_ROWS];
+    int n_masks = 0;
+    for (int64_t r = 0; r < c->n_rows; r += p->n_head_mask == 1 ? c->pl.n_group : 1) {
+        masks[n_masks++] = mask_row(c, r) + cell0;
+    }
+    int64_t n_cells = 0;
+    if (n_masks == 1) {
+        uint32_t any = 0;
+        for (int64_t t = 0; t < n; t++) {
+            const uint16_t w    = masks[0][t];
+            const bool     live = w != 0xfc00;
+            cells[n_cells] = (int32_t) t;
+            n_cells += live;
+            any     |= live ? w & 0x7fffu : 0u;
+        }
+        *plain = any == 0;
+        return n_cells;
+    }
+    for (int64_t t = 0; t < n; t++) {
+        bool live = false;
+        for (int i = 0; i < n_masks; i++) {
+            live = live || masks[i][t] != 0xfc00;
+        }
+        cells[n_cells] = (int32_t) t;
+        n_cells += live;
+    }
+    *plain = false;
+    return n_cells;
+}
+
+template <int TYPE>
+void few_stage(const attn_item_ctx * c, const pq_attn_side & side, const uint8_t * data, int64_t n) {
+    const int32_t * cells = c->s.cells;
+    unpack_cells<TYPE>(data, side.row_stride, [=](int64_t i) { return (int64_t) cells[i]; }, n, side.D / geom<TYPE>::DSUB,
+                       c->s.staged, PQ_KV_SEG_STRIDE);
+}
+
+// table [ksub][RP] = inner products of RP query slices (qt + r * ld) with all centroids of a subspace
+template <int DSUB, int RP>
+PQ_INLINE void few_build_table(const float * soa, int64_t ksub, const float * qt, int64_t ld, float * table) {
+    if constexpr (RP == 8) {
+        V8::T q[DSUB];
+        for (int e = 0; e < DSUB; e++) {
+            float lanes[8];
+            for (int r = 0; r < 8; r++) {
+                lanes[r] = qt[r * ld + e];
+            }
+            q[e] = V8::load(lanes);
+        }
+        for (int64_t i = 0; i < ksub; i++) {
+            V8::T x = V8::mul(q[0], V8::set1(soa[i]));
+            PQ_UNROLL
+            for (int e = 1; e < DSUB; e++) {
+                x = V8::madd(q[e], V8::set1(soa[e * ksub + i]), x);
+            }
+            V8::store(table + 8 * i, x);
+        }
+    } else {
+        for (int64_t i = 0; i < ksub; i += 8) {
+            V8::T x[RP];
+            PQ_UNROLL
+            for (int r = 0; r < RP; r++) {
+                x[r] = V8::mul(V8::set1(qt[r * ld]), V8::load(soa + i));
+                PQ_UNROLL
+                for (int e = 1; e < DSUB; e++) {
+                    x[r] = V8::madd(V8::set1(qt[r * ld + e]), V8::load(soa + e * ksub + i), x[r]);
+                }
+            }
+            if constexpr (RP == 1) {
+                V8::store(table + i, x[0]);
+            } else if constexpr (RP == 2) {
+                V8::T lo, hi;
+                V8::zip(x[0], x[1], &lo, &hi);
+                V8::store(table + 2 * i, lo);
+                V8::store(table + 2 * i + 8, hi);
+            } else {
+                V8::T a_lo, a_hi, b_lo, b_hi, lo, hi;
+                V8::zip(x[0], x[2], &a_lo, &a_hi);
+                V8::zip(x[1], x[3], &b_lo, &b_hi);
+                V8::zip(a_lo, b_lo, &lo, &hi);
+                V8::store(table + 4 * i, lo);
+                V8::store(table + 4 * i + 8, hi);
+                V8::zip(a_hi, b_hi, &lo, &hi);
+                V8::store(table + 4 * i + 16, lo);
+                V8::store(table + 4 * i + 24, hi);
+            }
+        }
+    }
+}
+
+// s [n][RP] += q'.y
+template <int TYPE, int RP>
+void few_scores_coded(attn_item_ctx * c, int64_t n) {
+    constexpr int DSUB = geom<TYPE>::DSUB;
+    constexpr int KSUB = geom<TYPE>::KSUB;
+    constexpr int NB   = RP <= 2 ? 8 : 4; // subspaces per pass: their tables should fit into the L1 cache
+    const int64_t M = c->p->k.D / DSUB, ld = c->pl.dk;
+    few_stage<TYPE>(c, c->p->k, c->k_data, n);
+    for (int64_t m0 = 0; m0 < M; m0 += NB) {
+        for (int64_t j = 0; j < NB; j++) {
+            float * table = c->s.table + j * KSUB * RP;
+            if (m0 + j < M) {
+                centroids_to_soa<V8, DSUB>(c->k_block.centroids + (m0 + j) * KSUB * DSUB, KSUB, c->s.soa);
+                few_build_table<DSUB, RP>(c->s.soa, KSUB, c->s.qt + (m0 + j) * DSUB, ld, table);
+            } else {
+                memset(table, 0, KSUB * RP * sizeof(float));
+            }
+        }
+        const uint8_t * codes = c->s.staged + m0 / 8 * PQ_KV_SEG_STRIDE + m0 % 8;
+        for (int64_t i = 0; i < n; i++) {
+            V8::table_add<RP, NB>(c->s.table, KSUB * RP, codes + i * 8, c->s.s + i * RP);
+        }
+    }
+}
+
+template <int RP>
+void few_scores(attn_item_ctx * c, int64_t n) {
+    const pq_attn_side & k = c->p->k;
+    for (int64_t i = 0; i < n; i++) {
+        for (int r = 0; r < RP; r++) {
+            c->s.s[i * RP + r] = c->s.q_mu[r];
+        }
+    }
+    switch (k.type) {
+        case PQ_TYPE_PQ4: few_scores_coded<PQ_TYPE_PQ4, RP>(c, n); return;
+        case PQ_TYPE_PQ3: few_scores_coded<PQ_TYPE_PQ3, RP>(c, n); return;
+        case PQ_TYPE_PQ2: few_scores_coded<PQ_TYPE_PQ2, RP>(c, n); return;
+        default: break;
+    }
+    memset(c->s.row, 0, (size_t) c->pl.dk * sizeof(float));
+    for (int64_t i = 0; i < n; i++) {
+        k.to_float(c->k_data + c->s.cells[i] * k.row_stride, c->s.row, k.D);
+        for (int r = 0; r < RP; r++) {
+            V8::T sum = V8::zero();
+            for (int64_t d = 0; d < k.D; d += 8) {
+                sum = V8::madd(V8::load(c->s.qt + r * c->pl.dk + d), V8::load(c->s.row + d), sum);
+            }
+            c->s.s[i * RP + r] = V8::hsum(sum);
+        }
+    }
+}
+
+// o += s [n][RP] * y
+template <int TYPE, int RP>
+void few_values_coded(attn_item_ctx * c, int64_t n) {
+    constexpr int DSUB = geom<TYPE>::DSUB;
+    constexpr int KSUB = geom<TYPE>::KSUB;
+    constexpr int NV   = RP <= 4 ? 2 : 1; // vectors of 8 elements per pass: RP * NV sums in registers
+    const int64_t D = c->p->v.D;
+    few_stage<TYPE>(c, c->p->v, c->v_data, n);
+    for (int64_t d0 = 0; d0 < D; d0 += 8 * NV) {
+        const int64_t    m0 = d0 / DSUB;
+        const int64_t    n_floats = pq_min(8 * NV, D - d0) * KSUB;
+        const uint16_t * cen = c->v_block.centroids + d0 * KSUB;
+        for (int64_t i = 0; i < n_floats; i += 8) {
+            V8::store(c->s.table + i, V8::load_f16(cen + i));
+        }
+        if (n_floats < 8 * NV * KSUB) {
+            memset(c->s.table + n_floats, 0, (size_t) (8 * NV * KSUB - n_floats) * sizeof(float));
+        }
+        const uint8_t * codes = c->s.staged + m0 / 8 * PQ_KV_SEG_STRIDE + m0 % 8;
+        V8::T o[RP][NV];
+        PQ_UNROLL
+        for (int r = 0; r < RP; r++) {
+            PQ_UNROLL
+            for (int j = 0; j < NV; j++) {
+                o[r][j] = V8::load(c->s.o + r * c->pl.dv + d0 + 8 * j);
+            }
+        }
+        for (int64_t i = 0; i < n; i++) {
+            V8::T y[NV];
+            PQ_UNROLL
+            for (int j = 0; j < NV; j++) {
+                y[j] = V8::gather<DSUB>(c->s.table + 8 * j * KSUB, KSUB * DSUB, load_codes(codes + i * 8 + j * (8 / DSUB), 8 / DSUB));
+            }
+            PQ_UNROLL
+            for (int r = 0; r < RP; r++) {
+                const V8::T w = V8::set1(c->s.s[i * RP + r]);
+                PQ_UNROLL
+                for (int j = 0; j < NV; j++) {
+                    o[r][j] = V8::madd(w, y[j], o[r][j]);
+                }
+            }
+        }
+        PQ_UNROLL
+        for (int r = 0; r < RP; r++) {
+            PQ_UNROLL
+            for (int j = 0; j < NV; j++) {
+                V8::store(c->s.o + r * c->pl.dv + d0 + 8 * j, o[r][j]);
+            }
+        }
+    }
+}
+
+template <int RP>
+void few_values(attn_item_ctx * c, int64_t n) {
+    const pq_attn_side & v = c->p->v;
+    switch (v.type) {
+        case PQ_TYPE_PQ4: few_values_coded<PQ_TYPE_PQ4, RP>(c, n); return;
+        case PQ_TYPE_PQ3: few_values_coded<PQ_TYPE_PQ3, RP>(c, n); return;
+        case PQ_TYPE_PQ2: few_values_coded<PQ_TYPE_PQ2, RP>(c, n); return;
+        default: break;
+    }
+    memset(c->s.row, 0, (size_t) c->pl.dv * sizeof(float));
+    for (int64_t i = 0; i < n; i++) {
+        v.to_float(c->v_data + c->s.cells[i] * v.row_stride, c->s.row, v.D);
+        for (int r = 0; r < RP; r++) {
+            const V8::T w = V8::set1(c->s.s[i * RP + r]);
+            float * o = c->s.o + r * c->pl.dv;
+            for (int64_t d = 0; d < v.D; d += 8) {
+                V8::store(o + d, V8::madd(w, V8::load(c->s.row + d), V8::load(o + d)));
+            }
+        }
+    }
+}
+
+// The scores of all rows lie interleaved, [n][RP] with RP a divisor of 8: lane l of a vector belongs to row l % RP.
+template <int RP>
+void few_softmax(attn_item_ctx * c, int64_t cell0, int64_t n, bool plain, float scale) {
+    const pq_attn_params * p = c->p;
+    float * s = c->s.s;
+    const int64_t n_s   = n * RP;
+    const int64_t n_pad = pq_round_up(n_s, 8);
+
+    float * bias = NULL;
+    if (!plain) {
+        bias = c->s.bias;
+        for (int r = 0; r < RP; r++) {
+            if (r < c->n_rows) {
+                const uint16_t * mask = mask_row(c, r) + cell0;
+                for (int64_t i = 0; i < n; i++) {
+                    bias[i * RP + r] = c->s.slope[r] * pq_f16_to_f32(mask[c->s.cells[i]]);
+                }
+            } else {
+                for (int64_t i = 0; i < n; i++) {
+                    bias[i * RP + r] = 0.0f;
+                }
+            }
+        }
+        for (int64_t i = n_s; i < n_pad; i++) {
+            bias[i] = 0.0f;
+        }
+    }
+    for (int64_t i = n_s; i < n_pad; i++) {
+        s[i] = 0.0f;
+    }
+
+    V8::T top = V8::set1(-INFINITY);
+    float lanes[8];
+    for (int64_t i = 0; i < n_pad; i += 8) {
+        V8::T x = score_post<V8>(p, V8::load(s + i), scale);
+        if (bias) {
+            x = V8::add(x, V8::load(bias + i));
+        }
+        V8::store(s + i, x);
+        if (i + 8 <= n_s) {
+            top = V8::max(top, x);
+        }
+    }
+    V8::store(lanes, top);
+    for (int64_t i = n_s / 8 * 8; i < n_s; i++) {
+        lanes[i % 8] = s[i] > lanes[i % 8] ? s[i] : lanes[i % 8];
+    }
+    for (int64_t i = n_s; i < n_pad; i++) {
+        s[i] = -INFINITY;
+    }
+
+    float shift[8];
+    for (int r = 0; r < RP; r++) {
+        const float m_old = c->s.m[r];
+        float m_new = m_old;
+        for (int l = r; l < 8; l += RP) {
+            m_new = lanes[l] > m_new ? lanes[l] : m_new;
+        }
+        if (m_new != m_old) {
+            const float f = expf(m_old - m_new);
+            float * o = c->s.o + r * c->pl.dv;
+            for (int64_t d = 0; d < c->pl.dv; d += 8) {
+                V8::store(o + d, V8::mul(V8::load(o + d), V8::set1(f)));
+            }
+            c->s.sum[r] *= f;
+            c->s.m[r]    = m_new;
+        }
+        for (int l = r; l < 8; l += RP) {
+            shift[l] = m_new == -INFINITY ? 0.0f : m_new; // a row that has seen no cell: keeps -inf - m from being NaN
+        }
+    }
+
+    const V8::T m = V8::load(shift);
+    V8::T sum = V8::zero();
+    for (int64_t i = 0; i < n_pad; i += 8) {
+        const V8::T w = vexp<V8>(V8::sub(V8::load(s + i), m));
+        sum = V8::add(sum, w);
+        V8::store(s + i, w);
+    }
+    V8::store(lanes, sum);
+    for (int l = 0; l < 8; l++) {
+        c->s.sum[l % RP] += lanes[l];
+    }
+}
+
+template <int RP>
+void attn_few_rows(attn_item_ctx * c, float scale) {
+    const uint8_t * k_data = c->k_data;
+    const uint8_t * v_data = c->v_data;
+    for (int64_t cell = c->kv0; cell < c->kv1; cell += PQ_KV_SEG) {
+        bool plain;
+        const int64_t n = few_cells(c, cell, pq_min(PQ_KV_SEG, c->kv1 - cell), &plain);
+        if (n == 0) {
+            continue;
+        }
+        c->k_data = k_data + cell * c->p->k.row_stride;
+        c->v_data = v_data + cell * c->p->v.row_stride;
+        few_scores<RP>(c, n);
+        few_softmax<RP>(c, cell, n, plain, scale);
+        few_values<RP>(c, n);
+    }
+}
+
+void attn_item(const pq_attn_params * p, int64_t item, void * partials, void * scratch) {
+    attn_item_ctx ctx, * c = &ctx;
+    const int64_t n_chunk = pq_attn_make_plan(p).n_chunk;
+    attn_begin(c, p, item / n_chunk, item % n_chunk, scratch);
+    attn_queries(c);
+    const float scale = p->logit_softcap != 0.0f ? p->scale / p->logit_softcap : p->scale;
+    switch (c->pl.rp) {
+        case 1:  attn_few_rows<1>(c, scale); break;
+        case 2:  attn_few_rows<2>(c, scale); break;
+        case 4:  attn_few_rows<4>(c, scale); break;
+        case 8:  attn_few_rows<8>(c, scale); break;
+        default: attn_many_rows(c, scale);   break;
+    }
+    attn_end(c, item / n_chunk, partials);
+}
+
+// ---- k-means ----
+
+template <int DSUB>
+double kmeans_assign_dsub(const float * x, int64_t n, int64_t x_stride, const float * centroids, int32_t ksub, uint8_t * codes,
+                          double * sums, int64_t * counts) {
+    float soa[DSUB * PQ_MAX_KSUB];
+    const int64_t k_pad = pq_round_up(ksub, V::N);
+    for (int64_t c = 0; c < k_pad; c++) {
+        for (int e = 0; e < DSUB; e++) {
+            soa[e * k_pad + c] = c < ksub ? centroids[c * DSUB + e] : INFINITY; // never nearer than anything
+        }
+    }
+    memset(sums,   0, (size_t) ksub * DSUB * sizeof(double));
+    memset(counts, 0, (size_t) ksub * sizeof(int64_t));
+    double sse = 0.0;
+    for (int64_t i = 0; i < n; i += 4) {
+        uint8_t code[4];
+        float   dist[4];
+        const int64_t left = pq_min(4, n - i);
+        if (left == 4) {
+            nearest<DSUB, 4, false>(x + i * x_stride, x_stride, soa, k_pad, code, 1, dist);
+        } else {
+            for (int64_t r = 0; r < left; r++) {
+                nearest<DSUB, 1, false>(x + (i + r) * x_stride, x_stride, soa, k_pad, code + r, 1, dist + r);
+            }
+        }
+        for (int64_t r = 0; r < left; r++) {
+            for (int e = 0; e < DSUB; e++) {
+                sums[code[r] * DSUB + e] += x[(i + r) * x_stride + e];
+            }
+            counts[code[r]]++;
+            sse += dist[r];
+            if (codes) {
+                codes[i + r] = code[r];
+            }
+        }
+    }
+    return sse;
+}
+
+double kmeans_assign(const float * x, int64_t n, int64_t x_stride, int32_t dsub, const float * centroids, int32_t ksub, uint8_t * codes,
+                     double * sums, int64_t * counts) {
+    return dsub == 2 ? kmeans_assign_dsub<2>(x, n, x_stride, centroids, ksub, codes, sums, counts)
+                     : kmeans_assign_dsub<4>(x, n, x_stride, centroids, ksub, codes, sums, counts);
+}
+
+const pq_kernels table = { PQ_TABLE_NAME, encode_item, decode_item, attn_item, attn_reduce_item, kmeans_assign };
+
+} // namespace

@@ -1,0 +1,82 @@
+#include "ggml-pq.h"
+
+#include "pq-layout.h"
+
+static enum pq_type pq_type_of(enum ggml_type type) {
+    return (enum pq_type) (type - GGML_TYPE_PQ4);
+}
+
+bool ggml_is_pq(enum ggml_type type) {
+    return type == GGML_TYPE_PQ4 || type == GGML_TYPE_PQ3 || type == GGML_TYPE_PQ2;
+}
+
+bool ggml_pq_has_operand(const struct ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+            return false;
+        default:
+            break;
+    }
+    if (ggml_is_pq(op->type)) {
+        return true;
+    }
+    for (int i = 0; i < GGML_MAX_SRC; ++i) {
+        if (op->src[i] && ggml_is_pq(op->src[i]->type)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+struct ggml_tensor * ggml_pq_new_codebook(
+        struct ggml_context * ctx, enum ggml_type type, int32_t D, int32_t n_head_kv, bool has_transform) {
+    GGML_ASSERT(ggml_is_pq(type) && pq_head_size_ok(D) && n_head_kv > 0);
+    const struct pq_codebook_layout l = pq_get_codebook_layout(pq_type_of(type), D, has_transform);
+    return ggml_new_tensor_2d(ctx, GGML_TYPE_I8, (int64_t) l.head_bytes, n_head_kv);
+}
+
+bool ggml_pq_codebook_fits(const struct ggml_tensor * codebook, enum ggml_type type, int32_t D, bool * has_transform) {
+    if (!codebook || codebook->type != GGML_TYPE_I8 || !ggml_is_pq(type) || !pq_head_size_ok(D)) {
+        return false;
+    }
+    for (int t = 0; t < 2; ++t) {
+        if ((size_t) codebook->ne[0] == pq_get_codebook_layout(pq_type_of(type), D, t).head_bytes) {
+            *has_transform = t;
+            return true;
+        }
+    }
+    return false;
+}
+
+struct ggml_tensor * ggml_pq_set_codebook(struct ggml_tensor * t, struct ggml_tensor * codebook) {
+    if (!codebook) {
+        return t;
+    }
+    switch (t->op) {
+        case GGML_OP_SET_ROWS: t->src[GGML_PQ_SRC_SET_ROWS] = codebook; break;
+        case GGML_OP_CPY:      t->src[GGML_PQ_SRC_CPY]      = codebook; break;
+        case GGML_OP_VIEW:     t->src[GGML_PQ_SRC_VIEW]     = codebook; break;
+        default: GGML_ABORT("a codebook cannot be attached to %s", ggml_op_name(t->op));
+    }
+    return t;
+}
+
+struct ggml_tensor * ggml_pq_get_codebook(const struct ggml_tensor * t) {
+    while (t && ggml_is_pq(t->type)) {
+        if (t->op == GGML_OP_VIEW && t->src[GGML_PQ_SRC_VIEW]) {
+            return t->src[GGML_PQ_SRC_VIEW];
+        }
+        t = t->src[0];
+    }
+    return NULL;
+}
+
+void ggml_pq_flash_attn_ext_add_codebooks(struct ggml_tensor * a) {
+    GGML_ASSERT(a->op == GGML_OP_FLASH_ATTN_EXT);
+    a->src[GGML_PQ_SRC_FLASH_ATTN_K] = ggml_pq_get_codebook(a->src[1]);
+    a->src[GGML_PQ_SRC_FLASH_ATTN_V] = ggml_pq_get_codebook(a->src[2]);
+}

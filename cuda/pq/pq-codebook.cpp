@@ -1,0 +1,374 @@
+#include "pq-codebook.h"
+
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <utility>
+
+static_assert(sizeof(float) == 4, "blobs hold IEEE single precision");
+
+namespace {
+
+bool fail(std::string & error, const char * fmt, ...)
+#if defined(__GNUC__)
+    __attribute__((format(printf, 2, 3)))
+#endif
+    ;
+
+bool fail(std::string & error, const char * fmt, ...) {
+    char text[512];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof(text), fmt, args);
+    va_end(args);
+    error = text;
+    return false;
+}
+
+// Byte by byte, so that a blob reads the same on a big-endian machine and from any address.
+uint32_t read_u16(const uint8_t * p) { return (uint32_t) p[0] | (uint32_t) p[1] << 8; }
+uint32_t read_u32(const uint8_t * p) { return read_u16(p) | read_u16(p + 2) << 16; }
+
+float read_f32(const uint8_t * p) {
+    const uint32_t bits = read_u32(p);
+    float value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
+double f16_to_f64(uint32_t h) {
+    const int    exponent = (int) (h >> 10 & 0x1f);
+    const double mantissa = (double) (h & 0x3ff);
+    const double value    = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
+    return h & 0x8000 ? -value : value;
+}
+
+struct crc32_table {
+    uint32_t entry[256];
+    crc32_table() {
+        for (uint32_t i = 0; i < 256; i++) {
+            uint32_t c = i;
+            for (int k = 0; k < 8; k++) {
+                c = c & 1 ? 0xedb88320u ^ c >> 1 : c >> 1;
+            }
+            entry[i] = c;
+        }
+    }
+};
+
+uint32_t crc32(const uint8_t * data, size_t n) {
+    static const crc32_table table;
+    uint32_t c = 0xffffffffu;
+    for (size_t i = 0; i < n; i++) {
+        c = table.entry[(c ^ data[i]) & 0xff] ^ c >> 8;
+    }
+    return c ^ 0xffffffffu;
+}
+
+const char * type_name(pq_type type) {
+    switch (type) {
+        case PQ_TYPE_PQ4: return "pq4";
+        case PQ_TYPE_PQ3: return "pq3";
+        case PQ_TYPE_PQ2: return "pq2";
+        default:          return "an unknown type";
+    }
+}
+
+// Sizes of the parts of one head in the payload.
+struct head_parts {
+    size_t mu, T, centroids;
+    size_t total() const { return mu + T + centroids; }
+};
+
+head_parts get_head_parts(pq_type type, int32_t D, bool has_transform) {
+    const size_t d = (size_t) D;
+    return { d * 4, has_transform ? d * d * 2 : 0, d * (size_t) pq_get_spec(type).ksub * 2 };
+}
+
+bool f16_all_finite(const uint8_t * p, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 2) {
+        if ((p[i + 1] & 0x7c) == 0x7c) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool f32_all_finite(const uint8_t * p, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 4) {
+        if ((read_u32(p + i) & 0x7f800000u) == 0x7f800000u) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Gauss-Jordan with partial pivoting: a becomes the identity, inv the inverse of what a was.
+bool invert(std::vector<double> & a, std::vector<double> & inv, size_t n) {
+    inv.assign(n * n, 0.0);
+    for (size_t i = 0; i < n; i++) {
+        inv[i * n + i] = 1.0;
+    }
+    for (size_t col = 0; col < n; col++) {
+        size_t pivot = col;
+        for (size_t r = col + 1; r < n; r++) {
+            if (std::fabs(a[r * n + col]) > std::fabs(a[pivot * n + col])) {
+                pivot = r;
+            }
+        }
+        const double p = a[pivot * n + col];
+        if (!(std::fabs(p) > 0.0)) {
+            return false;
+        }
+        if (pivot != col) {
+            for (size_t j = 0; j < n; j++) {
+                std::swap(a[pivot * n + j], a[col * n + j]);
+                std::swap(inv[pivot * n + j], inv[col * n + j]);
+            }
+        }
+        double * a_col   = &a[col * n];
+        double * inv_col = &inv[col * n];
+        for (size_t j = 0; j < n; j++) {
+            a_col[j]   /= p;
+            inv_col[j] /= p;
+        }
+        for (size_t r = 0; r < n; r++) {
+            const double f = a[r * n + col];
+            if (r == col || f == 0.0) {
+                continue;
+            }
+            double * a_row   = &a[r * n];
+            double * inv_row = &inv[r * n];
+            for (size_t j = col; j < n; j++) { // what lies left of col is zero already
+                a_row[j] -= f * a_col[j];
+            }
+            for (size_t j = 0; j < n; j++) {
+                inv_row[j] -= f * inv_col[j];
+            }
+        }
+    }
+    return true;
+}
+
+// Largest deviation of T * inv from the identity.
+double inverse_residual(const std::vector<double> & T, const std::vector<double> & inv, size_t n) {
+    double worst = 0.0;
+    std::vector<double> row(n);
+    for (size_t i = 0; i < n; i++) {
+        row.assign(n, 0.0);
+        for (size_t k = 0; k < n; k++) {
+            const double   t = T[i * n + k];
+            const double * b = &inv[k * n];
+            for (size_t j = 0; j < n; j++) {
+                row[j] += t * b[j];
+            }
+        }
+        row[i] -= 1.0;
+        for (size_t j = 0; j < n; j++) {
+            if (!(std::fabs(row[j]) <= worst)) { // a NaN becomes the worst and stays it
+                worst = std::fabs(row[j]);
+            }
+        }
+    }
+    return worst;
+}
+
+int base64_value(unsigned char c) {
+    if (c >= 'A' && c <= 'Z') { return c - 'A'; }
+    if (c >= 'a' && c <= 'z') { return c - 'a' + 26; }
+    if (c >= '0' && c <= '9') { return c - '0' + 52; }
+    if (c == '+')             { return 62; }
+    if (c == '/')             { return 63; }
+    return -1;
+}
+
+struct base64_table {
+    int8_t value[256];
+    base64_table() {
+        for (int c = 0; c < 256; c++) {
+            value[c] = (int8_t) base64_value((unsigned char) c);
+        }
+    }
+};
+
+} // namespace
+
+bool pq_base64_decode(const char * text, size_t n, std::vector<uint8_t> & out) {
+    static const base64_table table;
+    out.clear();
+    if (n % 4 != 0) {
+        return false;
+    }
+    if (n == 0) {
+        return true;
+    }
+    const size_t n_pad = text[n - 1] != '=' ? 0 : text[n - 2] != '=' ? 1 : 2;
+    out.resize(n / 4 * 3);
+    uint8_t * dst = out.data();
+    for (size_t i = 0; i < n; i += 4) {
+        int v[4];
+        for (size_t k = 0; k < 4; k++) {
+            v[k] = i + k >= n - n_pad ? 0 : table.value[(unsigned char) text[i + k]];
+        }
+        if ((v[0] | v[1] | v[2] | v[3]) < 0) {
+            out.clear();
+            return false;
+        }
+        const uint32_t w = (uint32_t) v[0] << 18 | (uint32_t) v[1] << 12 | (uint32_t) v[2] << 6 | (uint32_t) v[3];
+        *dst++ = (uint8_t) (w >> 16);
+        *dst++ = (uint8_t) (w >> 8);
+        *dst++ = (uint8_t) w;
+    }
+    // RFC 4648, 3.5: the bits that padding leaves over are zero, so that a blob has one spelling only
+    for (size_t k = 0; k < n_pad; k++) {
+        if (out.back() != 0) {
+            out.clear();
+            return false;
+        }
+        out.pop_back();
+    }
+    return true;
+}
+
+bool pq_blob_parse(const uint8_t * data, size_t n, pq_type type, pq_blob & out, std::string & error) {
+    if ((int) type < 0 || type >= PQ_TYPE_COUNT) {
+        return fail(error, "codebook type: found %d, needs 0 to %d", (int) type, PQ_TYPE_COUNT - 1);
+    }
+    if (n < PQ_BLOB_HEADER_BYTES) {
+        return fail(error, "codebook size: found %zu bytes, needs a header of %d", n, PQ_BLOB_HEADER_BYTES);
+    }
+    if (memcmp(data, "MPQB", 4) != 0) {
+        return fail(error, "codebook magic: found %02x %02x %02x %02x, needs \"MPQB\"",
+                    data[0], data[1], data[2], data[3]);
+    }
+    if (read_u32(data + 4) != PQ_BLOB_VERSION) {
+        return fail(error, "codebook version: found %u, needs %u", read_u32(data + 4), PQ_BLOB_VERSION);
+    }
+
+    const pq_spec  spec      = pq_get_spec(type);
+    const uint32_t D         = read_u16(data + 8);
+    const uint32_t n_head_kv = read_u16(data + 10);
+    const uint32_t M         = read_u16(data + 12);
+    const uint32_t dsub      = read_u16(data + 14);
+    const uint32_t nbits     = read_u16(data + 16);
+    const uint32_t flags     = read_u16(data + 18);
+
+    if (!pq_head_size_ok((int32_t) D)) {
+        return fail(error, "codebook head size: found %u, needs a multiple of 8 from 8 to %d", D, PQ_MAX_D);
+    }
+    if (n_head_kv == 0) {
+        return fail(error, "codebook KV heads: found 0, needs 1 or more");
+    }
+    if (dsub != (uint32_t) spec.dsub || nbits != (uint32_t) spec.nbits) {
+        return fail(error, "codebook shape: found dsub %u and nbits %u, needs %d and %d for %s",
+                    dsub, nbits, spec.dsub, spec.nbits, type_name(type));
+    }
+    if (M != D / dsub) {
+        return fail(error, "codebook subspaces: found %u, needs %u for head size %u", M, D / dsub, D);
+    }
+    if (flags & ~PQ_BLOB_TRANSFORM) {
+        return fail(error, "codebook flags: found %#x, needs 0 or %#x", flags, PQ_BLOB_TRANSFORM);
+    }
+    if (read_u32(data + 28) != 0) {
+        return fail(error, "codebook reserved field: found %u, needs 0", read_u32(data + 28));
+    }
+
+    const bool       has_transform = (flags & PQ_BLOB_TRANSFORM) != 0;
+    const head_parts parts         = get_head_parts(type, (int32_t) D, has_transform);
+    const uint64_t   need          = (uint64_t) parts.total() * n_head_kv;
+    const uint32_t   payload_bytes = read_u32(data + 20);
+    if (payload_bytes != need) {
+        return fail(error, "codebook payload: header says %u bytes, needs %llu", payload_bytes, (unsigned long long) need);
+    }
+    if (n - PQ_BLOB_HEADER_BYTES != need) {
+        return fail(error, "codebook payload: found %zu bytes, needs %llu",
+                    n - PQ_BLOB_HEADER_BYTES, (unsigned long long) need);
+    }
+    const uint8_t * payload = data + PQ_BLOB_HEADER_BYTES;
+    const uint32_t  crc     = crc32(payload, payload_bytes);
+    if (crc != read_u32(data + 24)) {
+        return fail(error, "codebook checksum: found %08x, needs %08x: the file is damaged", crc, read_u32(data + 24));
+    }
+
+    for (uint32_t h = 0; h < n_head_kv; h++) {
+        const uint8_t * p = payload + h * parts.total();
+        if (!f32_all_finite(p, parts.mu)) {
+            return fail(error, "codebook head %u: found an infinite or NaN mu, needs finite values", h);
+        }
+        if (!f16_all_finite(p + parts.mu, parts.T)) {
+            return fail(error, "codebook head %u: found an infinite or NaN T, needs finite values", h);
+        }
+        if (!f16_all_finite(p + parts.mu + parts.T, parts.centroids)) {
+            return fail(error, "codebook head %u: found an infinite or NaN centroid, needs finite values", h);
+        }
+    }
+
+    out.type          = type;
+    out.D             = (int32_t) D;
+    out.n_head_kv     = (int32_t) n_head_kv;
+    out.has_transform = has_transform;
+    out.payload.assign(payload, payload + payload_bytes);
+    return true;
+}
+
+bool pq_codebook_build(const pq_blob & blob, uint8_t * dst, std::string & error) {
+    if ((int) blob.type < 0 || blob.type >= PQ_TYPE_COUNT || !pq_head_size_ok(blob.D)) {
+        return fail(error, "codebook: found type %d and head size %d, needs a parsed blob", (int) blob.type, blob.D);
+    }
+    const head_parts         parts  = get_head_parts(blob.type, blob.D, blob.has_transform);
+    const pq_codebook_layout layout = pq_get_codebook_layout(blob.type, blob.D, blob.has_transform);
+    const size_t             n      = (size_t) blob.D;
+
+    if (blob.payload.size() != parts.total() * (size_t) blob.n_head_kv) {
+        return fail(error, "codebook payload: found %zu bytes, needs %zu",
+                    blob.payload.size(), parts.total() * (size_t) blob.n_head_kv);
+    }
+
+    std::vector<double> T(n * n), work, inv;
+    for (int32_t h = 0; h < blob.n_head_kv; h++) {
+        const uint8_t * src  = blob.payload.data() + (size_t) h * parts.total();
+        uint8_t       * head = dst + (size_t) h * layout.head_bytes;
+        memset(head, 0, layout.head_bytes); // the gaps between parts too: equal codebooks are equal bytes
+
+        for (size_t i = 0; i < n; i++) {
+            const float value = read_f32(src + 4 * i);
+            memcpy(head + layout.mu + 4 * i, &value, sizeof(value));
+        }
+        src += parts.mu;
+
+        if (blob.has_transform) {
+            for (size_t i = 0; i < n * n; i++) {
+                T[i] = f16_to_f64(read_u16(src + 2 * i));
+                const float value = (float) T[i];
+                memcpy(head + layout.T + 4 * i, &value, sizeof(value));
+            }
+            src += parts.T;
+
+            work = T;
+            if (!invert(work, inv, n)) {
+                return fail(error, "codebook head %d: found a singular transform, needs an invertible one", h);
+            }
+            // A pivot is hardly ever exactly zero: what tells a singular T is that its inverse does not invert it.
+            const double residual = inverse_residual(T, inv, n);
+            if (!(residual <= 1e-3)) {
+                return fail(error, "codebook head %d: found a transform whose inverse is off by %.3g, needs 1e-3 or less "
+                                   "(it is singular)", h, residual);
+            }
+            for (size_t i = 0; i < n * n; i++) {
+                const float value = (float) inv[i];
+                if (!std::isfinite(value)) {
+                    return fail(error, "codebook head %d: found %g in the inverse of its transform, needs a finite float",
+                                h, inv[i]);
+                }
+                memcpy(head + layout.T_inv + 4 * i, &value, sizeof(value));
+            }
+        }
+
+        for (size_t i = 0; i < n * (size_t) pq_get_spec(blob.type).ksub; i++) {
+            const uint16_t value = (uint16_t) read_u16(src + 2 * i);
+            memcpy(head + layout.centroids + 2 * i, &value, sizeof(value));
+        }
+    }
+    return true;
+}

@@ -1,0 +1,137 @@
+// Every memory layout of the product-quantized (PQ) KV cache, in one place.
+//
+// Product quantization cuts a head vector of D elements into M subspaces of `dsub` elements and stores,
+// for each subspace, the index ("code", `nbits` wide) of the nearest of `ksub = 2**nbits` centroids.
+// The names are those of faiss::ProductQuantizer. The method is MILLION (DAC'25, arXiv 2504.03661), with
+// a transform per layer and KV head:
+//
+//     y = (x - mu) T            encode: code[m] = argmin_c |y[m*dsub .. +dsub] - centroid[m][c]|^2, ties to the lowest c
+//     x ~ y^ T^-1 + mu          decode: y^ is the concatenation of the chosen centroids
+//     q.x ~ (T^-1 q).y^ + q.mu  attention never decodes: it maps the query once and the output once
+//
+// This header is plain C so that C, C++ and CUDA can include it; it depends on nothing.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// The order is that of the ggml types GGML_TYPE_PQ4, GGML_TYPE_PQ3, GGML_TYPE_PQ2.
+enum pq_type {
+    PQ_TYPE_PQ4 = 0, // dsub 2, nbits 8: 4 bits per element
+    PQ_TYPE_PQ3 = 1, // dsub 2, nbits 6: 3 bits per element
+    PQ_TYPE_PQ2 = 2, // dsub 4, nbits 8: 2 bits per element
+    PQ_TYPE_COUNT,
+};
+
+#define PQ_MAX_D    256 // largest head size
+#define PQ_MAX_KSUB 256
+#define PQ_MAX_DSUB 4
+#define PQ_MAX_M    128 // PQ_MAX_D / 2
+
+struct pq_spec {
+    int32_t dsub;        // elements per subspace
+    int32_t nbits;       // bits per code
+    int32_t ksub;        // centroids per subspace, 1 << nbits
+    int32_t block_elems; // elements of the smallest byte-aligned group of codes (the ggml block size)
+    int32_t block_bytes; // bytes of that group (the ggml type size)
+};
+
+static inline struct pq_spec pq_get_spec(enum pq_type type) {
+    switch (type) {
+        case PQ_TYPE_PQ4: { const struct pq_spec s = { 2, 8, 256, 2, 1 }; return s; }
+        case PQ_TYPE_PQ3: { const struct pq_spec s = { 2, 6,  64, 8, 3 }; return s; }
+        case PQ_TYPE_PQ2: { const struct pq_spec s = { 4, 8, 256, 4, 1 }; return s; }
+        default:          { const struct pq_spec s = { 0, 0,   0, 1, 0 }; return s; }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Codes of one head: `codes: u8 [M*nbits/8]`, a little-endian bit string. Code m holds bits
+// [m*nbits, (m+1)*nbits); bit b of the string is bit b%8 of byte b/8. For 8-bit codes byte m is code m; for
+// 6-bit codes four codes share three bytes.
+//
+// The cache of one layer is `codes: u8 [n_stream][kv_size][n_head_kv][pq_head_bytes]`, in the place where an
+// f16 cache has [n_stream][kv_size][n_head_kv][D] halves.
+// ---------------------------------------------------------------------------------------------------------
+
+static inline int32_t pq_n_subspaces(enum pq_type type, int32_t D) { // M
+    return D / pq_get_spec(type).dsub;
+}
+
+static inline size_t pq_head_bytes(enum pq_type type, int32_t D) {
+    const struct pq_spec s = pq_get_spec(type);
+    return (size_t) (D / s.block_elems) * (size_t) s.block_bytes;
+}
+
+// Head sizes that the kernels take: multiples of 8 (whole blocks of every type) up to PQ_MAX_D.
+static inline int pq_head_size_ok(int32_t D) {
+    return D >= 8 && D <= PQ_MAX_D && D % 8 == 0;
+}
+
+static inline uint32_t pq_code_get(enum pq_type type, const uint8_t * codes, int32_t m) {
+    if (pq_get_spec(type).nbits == 8) {
+        return codes[m];
+    }
+    const uint8_t * p = codes + (m / 4) * 3;
+    const uint32_t  w = (uint32_t) p[0] | (uint32_t) p[1] << 8 | (uint32_t) p[2] << 16;
+    return (w >> (6 * (m % 4))) & 63u;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Codebook at run time: `head blocks: u8 [n_head_kv][head_bytes]`, one tensor per layer and side (K or V), in the
+// memory of the device that holds the layer's cache. A head block is
+//
+//     mu:        f32 [D]
+//     T:         f32 [D][D]    row i: what element i of (x - mu) adds to y     } absent when the transform
+//     T_inv:     f32 [D][D]    row j: what element j of y adds to (x - mu)     } is the identity
+//     centroids: f16 [M][ksub][dsub]
+//
+// with every part at a multiple of 64 bytes. Whether the maps are there follows from the block's size alone.
+// ---------------------------------------------------------------------------------------------------------
+
+struct pq_codebook_layout {
+    size_t mu;         // byte offsets from the start of a head block
+    size_t T;          // 0 when the transform is the identity
+    size_t T_inv;      // 0 when the transform is the identity
+    size_t centroids;
+    size_t head_bytes; // size of a head block, and the stride between heads
+};
+
+static inline size_t pq_align64(size_t n) {
+    return (n + 63) / 64 * 64;
+}
+
+static inline struct pq_codebook_layout pq_get_codebook_layout(enum pq_type type, int32_t D, int has_transform) {
+    const struct pq_spec s = pq_get_spec(type);
+    struct pq_codebook_layout l = { 0, 0, 0, 0, 0 };
+    size_t off = pq_align64((size_t) D * sizeof(float));
+    if (has_transform) {
+        l.T     = off; off += pq_align64((size_t) D * (size_t) D * sizeof(float));
+        l.T_inv = off; off += pq_align64((size_t) D * (size_t) D * sizeof(float));
+    }
+    l.centroids  = off; off += pq_align64((size_t) D * (size_t) s.ksub * sizeof(uint16_t)); // M*dsub == D
+    l.head_bytes = off;
+    return l;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Codebook in a file: one blob per layer and side, base64 in a GGUF string (docs/format.md). Little endian.
+//
+//     header, 32 bytes:  magic "MPQB" | u32 version | u16 D | u16 n_head_kv | u16 M | u16 dsub | u16 nbits |
+//                        u16 flags | u32 payload_bytes | u32 crc32 of the payload (zlib's) | u32 0
+//     payload, per head: mu f32 [D] | T f16 [D][D], when flags has PQ_BLOB_TRANSFORM | centroids f16 [M][ksub][dsub]
+//
+// T^-1 is not stored: the reader inverts the stored T, so the two cannot disagree.
+// ---------------------------------------------------------------------------------------------------------
+
+#define PQ_BLOB_VERSION      1u
+#define PQ_BLOB_HEADER_BYTES 32
+#define PQ_BLOB_TRANSFORM    1u
+
+#ifdef __cplusplus
+}
+#endif

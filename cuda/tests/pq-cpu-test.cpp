@@ -1,0 +1,1059 @@
+// Tests and times the CPU kernels.
+//
+//   pq-cpu-test          every kernel on every instruction set of this processor, against plain loops in double precision
+//   pq-cpu-test bench [encode|decode|prefill|kmeans]
+//                        single-thread times: median and spread, and the ratio to a plain f16 loop
+#include "../cpu/pq-c.h"
+#include "../pq/pq-codebook.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <limits>
+#include <string>
+#include <vector>
+
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAVE_F16_LOOP 1
+#endif
+
+static int n_failed = 0;
+static int n_checks = 0;
+
+static void check(bool ok, const char * fmt, ...) {
+    n_checks++;
+    if (ok) {
+        return;
+    }
+    n_failed++;
+    va_list args;
+    va_start(args, fmt);
+    printf("FAILED: ");
+    vprintf(fmt, args);
+    printf("\n");
+    va_end(args);
+    if (n_failed > 20) {
+        printf("too many failures\n");
+        exit(1);
+    }
+}
+
+// ---- random numbers that are the same everywhere ----
+
+struct rng {
+    uint64_t s;
+    explicit rng(uint64_t seed) : s(seed * 0x9e3779b97f4a7c15u + 1) {}
+    uint64_t next() {
+        s ^= s << 13;
+        s ^= s >> 7;
+        s ^= s << 17;
+        return s;
+    }
+    int   below(int n) { return (int) (next() >> 33) % n; }
+    float uniform()    { return (float) (next() >> 40) * 0x1p-24f * 2.0f - 1.0f; }
+    float normal()     { return (uniform() + uniform() + uniform()) * 1.0f; }
+};
+
+// ---- halves ----
+
+static double f16_value(uint16_t h) {
+    const int    e = h >> 10 & 31;
+    const double m = h & 1023;
+    const double v = e == 31 ? (m != 0 ? NAN : INFINITY) : e == 0 ? ldexp(m, -24) : ldexp(m + 1024, e - 25);
+    return h & 0x8000 ? -v : v;
+}
+
+static uint16_t to_f16(float f) { // to nearest even; no overflow in these tests
+    const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
+    const double   a    = std::fabs((double) f);
+    if (std::isinf(f)) {
+        return sign | 0x7c00;
+    }
+    int e = 0;
+    if (a == 0.0 || (std::frexp(a, &e), e < -13)) {
+        return sign | (uint16_t) std::nearbyint(ldexp(a, 24));
+    }
+    const int m = (int) std::nearbyint(ldexp(a, 11 - e)); // 1024..2048
+    return (uint16_t) (sign + ((e + 14) << 10) + (m - 1024));
+}
+
+// ---- codebooks ----
+
+static const char * type_names[] = { "pq4", "pq3", "pq2", "f16" };
+
+struct codebook {
+    pq_type type;
+    int     D, H;
+    bool    transform;
+    std::vector<uint8_t> blob, blocks;
+
+    pq_codebook_layout layout() const { return pq_get_codebook_layout(type, D, transform); }
+    const uint8_t  * block(int h)     const { return blocks.data() + (size_t) h * layout().head_bytes; }
+    const float    * mu(int h)        const { return (const float *) (block(h) + layout().mu); }
+    const float    * T(int h)         const { return (const float *) (block(h) + layout().T); }
+    const float    * T_inv(int h)     const { return (const float *) (block(h) + layout().T_inv); }
+    const uint16_t * centroids(int h) const { return (const uint16_t *) (block(h) + layout().centroids); }
+
+    // y^ of a code string, in double
+    void decode_y(int h, const uint8_t * codes, double * y) const {
+        const pq_spec s = pq_get_spec(type);
+        for (int m = 0; m < D / s.dsub; m++) {
+            for (int e = 0; e < s.dsub; e++) {
+                y[m * s.dsub + e] = f16_value(centroids(h)[((size_t) m * s.ksub + pq_code_get(type, codes, m)) * s.dsub + e]);
+            }
+        }
+    }
+    void decode_x(int h, const uint8_t * codes, double * x) const {
+        std::vector<double> y(D);
+        decode_y(h, codes, y.data());
+        for (int i = 0; i < D; i++) {
+            x[i] = mu(h)[i];
+            if (!transform) {
+                x[i] += y[i];
+                continue;
+            }
+            for (int j = 0; j < D; j++) {
+                x[i] += y[j] * T_inv(h)[j * D + i];
+            }
+        }
+    }
+};
+
+static uint32_t crc32(const uint8_t * p, size_t n) { // bit by bit: not the table of the code under test
+    uint32_t c = 0xffffffffu;
+    for (size_t i = 0; i < n; i++) {
+        c ^= p[i];
+        for (int k = 0; k < 8; k++) {
+            c = c & 1 ? c >> 1 ^ 0xedb88320u : c >> 1;
+        }
+    }
+    return ~c;
+}
+
+static void put(std::vector<uint8_t> & v, uint64_t x, int n_bytes) {
+    for (int i = 0; i < n_bytes; i++) {
+        v.push_back((uint8_t) (x >> (8 * i)));
+    }
+}
+
+static std::vector<uint8_t> make_blob(pq_type type, int D, int H, bool transform, rng & r) {
+    const pq_spec s = pq_get_spec(type);
+    std::vector<uint8_t> payload;
+    for (int h = 0; h < H; h++) {
+        for (int i = 0; i < D; i++) {
+            const float f = 0.3f * r.normal();
+            uint32_t bits;
+            memcpy(&bits, &f, 4);
+            put(payload, bits, 4);
+        }
+        if (transform) { // close to the identity, with a spread of scales: well conditioned and not symmetric
+            for (int i = 0; i < D; i++) {
+                for (int j = 0; j < D; j++) {
+                    put(payload, to_f16((i == j ? 0.5f + (float) (i % 7) * 0.2f : 0.0f) + 0.4f * r.normal() / sqrtf((float) D)), 2);
+                }
+            }
+        }
+        for (int m = 0; m < D / s.dsub; m++) {
+            std::vector<uint16_t> c;
+            for (int k = 0; k < s.ksub * s.dsub; k++) {
+                c.push_back(to_f16(1.2f * r.normal()));
+            }
+            for (int t = 0; t < 4; t++) { // some centroids occur twice
+                const int a = r.below(s.ksub), b = r.below(s.ksub);
+                for (int e = 0; e < s.dsub; e++) {
+                    c[a * s.dsub + e] = c[b * s.dsub + e];
+                }
+            }
+            for (uint16_t x : c) {
+                put(payload, x, 2);
+            }
+        }
+    }
+    std::vector<uint8_t> blob = { 'M', 'P', 'Q', 'B' };
+    put(blob, 1, 4);
+    put(blob, D, 2);
+    put(blob, H, 2);
+    put(blob, D / s.dsub, 2);
+    put(blob, s.dsub, 2);
+    put(blob, s.nbits, 2);
+    put(blob, transform ? 1 : 0, 2);
+    put(blob, payload.size(), 4);
+    put(blob, crc32(payload.data(), payload.size()), 4);
+    put(blob, 0, 4);
+    blob.insert(blob.end(), payload.begin(), payload.end());
+    return blob;
+}
+
+static codebook make_codebook(pq_type type, int D, int H, bool transform, uint64_t seed) {
+    rng r(seed);
+    codebook cb;
+    cb.type      = type;
+    cb.D         = D;
+    cb.H         = H;
+    cb.transform = transform;
+    cb.blob      = make_blob(type, D, H, transform, r);
+    cb.blocks.resize(million_pq_codebook_bytes(type, D, H, transform));
+    char err[256] = "";
+    const int rc = million_pq_codebook_build(type, cb.blob.data(), cb.blob.size(), D, H, cb.blocks.data(), cb.blocks.size(), err, sizeof(err));
+    check(rc == 0, "codebook %s D %d: %s", type_names[type], D, err);
+    return cb;
+}
+
+static std::vector<std::string> simd_names() {
+    std::vector<std::string> names;
+    for (const char * n : { "scalar", "avx2", "avx512" }) {
+        if (pq_cpu_simd_set(n) == 0) {
+            names.push_back(n);
+        }
+    }
+    return names;
+}
+
+// ---- codebook tests ----
+
+static void test_codebook() {
+    rng r(1);
+    std::vector<uint8_t> out;
+    check(pq_base64_decode("", 0, out) && out.empty(), "base64 of nothing");
+    check(pq_base64_decode("TWFu", 4, out) && out.size() == 3 && memcmp(out.data(), "Man", 3) == 0, "base64 of 3 bytes");
+    check(pq_base64_decode("TWE=", 4, out) && out.size() == 2 && memcmp(out.data(), "Ma", 2) == 0, "base64 of 2 bytes");
+    check(pq_base64_decode("TQ==", 4, out) && out.size() == 1 && out[0] == 'M', "base64 of 1 byte");
+    for (const char * bad : { "TWF", "TW Fu", "T===", "====", "TW=u", "TWF\n", "TWF-", "TR==", "TWE=TWFu" }) {
+        check(!pq_base64_decode(bad, strlen(bad), out), "base64 takes '%s'", bad);
+    }
+
+    for (int type = 0; type < PQ_TYPE_COUNT; type++) {
+        for (int D : { 8, 24, 64, 128, 256 }) {
+            for (bool transform : { false, true }) {
+                const codebook cb = make_codebook((pq_type) type, D, 2, transform, 7 + D);
+                double worst = 0.0;
+                for (int h = 0; transform && h < 2; h++) {
+                    for (int i = 0; i < D; i++) {
+                        for (int j = 0; j < D; j++) {
+                            double s = i == j ? -1.0 : 0.0;
+                            for (int k = 0; k < D; k++) {
+                                s += (double) cb.T(h)[i * D + k] * cb.T_inv(h)[k * D + j];
+                            }
+                            worst = std::max(worst, std::fabs(s));
+                        }
+                    }
+                }
+                check(worst < 1e-5, "T T^-1 is off by %g at D %d", worst, D);
+            }
+        }
+    }
+
+    const codebook good = make_codebook(PQ_TYPE_PQ4, 64, 2, true, 3);
+    auto refused = [&](std::vector<uint8_t> blob, bool fix_crc, const char * needle) {
+        if (fix_crc && blob.size() > PQ_BLOB_HEADER_BYTES) {
+            const uint32_t c = crc32(blob.data() + 32, blob.size() - 32);
+            memcpy(&blob[24], &c, 4);
+        }
+        std::vector<uint8_t> dst(good.blocks.size());
+        char err[256] = "";
+        const int rc = million_pq_codebook_build(PQ_TYPE_PQ4, blob.data(), blob.size(), 64, 2, dst.data(), dst.size(), err, sizeof(err));
+        check(rc != 0 && strstr(err, needle), "a bad blob should be refused for its %s, got %d '%s'", needle, rc, err);
+    };
+    auto with = [&](size_t at, std::vector<uint8_t> bytes) {
+        std::vector<uint8_t> b = good.blob;
+        std::copy(bytes.begin(), bytes.end(), b.begin() + (ptrdiff_t) at);
+        return b;
+    };
+    const size_t payload = 32, T = 32 + 64 * 4, cents = T + 64 * 64 * 2;
+    refused({}, false, "size");
+    refused({ good.blob.begin(), good.blob.begin() + 31 }, false, "size");
+    refused(with(0, { 'X' }), false, "magic");
+    refused(with(4, { 2 }), false, "version");
+    refused(with(8, { 63 }), false, "head size");
+    refused(with(8, { 0, 0xff }), false, "head size");
+    refused(with(8, { 128 }), false, "subspaces");
+    refused(with(10, { 0 }), false, "KV heads");
+    refused(with(10, { 3 }), false, "payload");
+    refused(with(12, { 31 }), false, "subspaces");
+    refused(with(14, { 4 }), false, "shape");
+    refused(with(16, { 6 }), false, "shape");
+    refused(with(18, { 3 }), false, "flags");
+    refused(with(18, { 0 }), false, "payload");
+    refused(with(20, { 0xff, 0xff, 0xff, 0xff }), false, "payload");
+    refused(with(28, { 1 }), false, "reserved");
+    refused(with(payload + 5, { 0x55 }), false, "checksum");
+    refused({ good.blob.begin(), good.blob.end() - 1 }, false, "payload");
+    refused(with(payload, { 0, 0, 0x80, 0x7f }), true, "mu");
+    refused(with(T, { 0, 0x7e }), true, "T");
+    refused(with(cents, { 0, 0xfc }), true, "centroid");
+    {
+        std::vector<uint8_t> b = good.blob; // two equal rows of T
+        std::copy(b.begin() + (ptrdiff_t) T, b.begin() + (ptrdiff_t) T + 128, b.begin() + (ptrdiff_t) T + 128);
+        refused(b, true, "singular");
+        std::fill(b.begin() + (ptrdiff_t) T, b.begin() + (ptrdiff_t) T + 128, (uint8_t) 0);
+        refused(b, true, "singular");
+    }
+}
+
+// ---- encode and decode ----
+
+static void test_encode_decode() {
+    const std::vector<std::string> simd = simd_names();
+    for (int type = 0; type < PQ_TYPE_COUNT; type++) {
+        const pq_spec spec = pq_get_spec((pq_type) type);
+        for (int D : { 8, 24, 64, 80, 96, 128, 192, 256 }) {
+            for (int variant = 0; variant < 4; variant++) {
+                const bool transform = variant & 1, x_f16 = variant & 2;
+                const int  H = 3, n_rows = D == 128 ? 70 : 7, n_cells = n_rows + 9;
+                const int  M = D / spec.dsub;
+                const codebook cb = make_codebook((pq_type) type, D, H, transform, 100 + D);
+                rng r(D * 4 + variant);
+
+                std::vector<float>    x((size_t) n_rows * H * D);
+                std::vector<uint16_t> x16(x.size());
+                for (size_t i = 0; i < x.size(); i++) {
+                    x16[i] = to_f16(r.normal() * 1.5f);
+                    x[i]   = x_f16 ? (float) f16_value(x16[i]) : r.normal() * 1.5f;
+                }
+                for (int d = 0; d < D; d++) { // row 0 stands on centroids when there is no transform
+                    const int m = d / spec.dsub;
+                    x[d] = cb.mu(0)[d] + (float) f16_value(cb.centroids(0)[((size_t) m * spec.ksub + m % spec.ksub) * spec.dsub + d % spec.dsub]);
+                    if (x_f16) {
+                        x[d] = (float) f16_value(x16[d] = to_f16(x[d]));
+                    }
+                }
+                std::vector<int64_t> cells(n_cells);
+                for (int i = 0; i < n_cells; i++) {
+                    cells[i] = i;
+                }
+                for (int i = n_cells - 1; i > 0; i--) {
+                    std::swap(cells[i], cells[r.below(i + 1)]);
+                }
+
+                const size_t head_bytes = pq_head_bytes((pq_type) type, D), row_bytes = head_bytes * H + 5;
+                std::vector<uint8_t> first;
+                for (const std::string & name : simd) {
+                    pq_cpu_simd_set(name.c_str());
+                    for (int n_threads : { 1, 3 }) {
+                        std::vector<uint8_t> codes(row_bytes * n_cells, 0xee);
+                        pq_encode_params p = {};
+                        p.type             = (pq_type) type;
+                        p.D                = D;
+                        p.n_head_kv        = H;
+                        p.n_rows           = n_rows;
+                        p.codebook         = cb.blocks.data();
+                        p.has_transform    = transform;
+                        p.x                = x_f16 ? (const void *) x16.data() : x.data();
+                        p.x_f16            = x_f16;
+                        p.x_head_stride    = (size_t) D * (x_f16 ? 2 : 4);
+                        p.x_row_stride     = p.x_head_stride * H;
+                        p.codes            = codes.data();
+                        p.codes_row_stride = row_bytes;
+                        p.row_idx          = cells.data();
+                        million_pq_encode(&p, n_threads);
+                        if (first.empty()) {
+                            first = codes;
+                        }
+                        check(codes == first, "%s codes of %s D %d differ from %s's", name.c_str(), type_names[type], D, simd[0].c_str());
+                    }
+                }
+                for (int i = n_rows; i < n_cells; i++) {
+                    const uint8_t * c = &first[row_bytes * cells[i]];
+                    check(std::all_of(c, c + row_bytes, [](uint8_t b) { return b == 0xee; }), "encode wrote to a cell that it was not given");
+                }
+
+                // the nearest centroid, and the lowest of equals
+                int n_far = 0, n_tie = 0;
+                for (int i = 0; i < n_rows; i++) {
+                    for (int h = 0; h < H; h++) {
+                        const float * xr = &x[((size_t) i * H + h) * D];
+                        std::vector<double> y(D, 0.0);
+                        for (int a = 0; a < D; a++) {
+                            const double c = (double) xr[a] - cb.mu(h)[a];
+                            for (int b = 0; transform && b < D; b++) {
+                                y[b] += c * cb.T(h)[a * D + b];
+                            }
+                            y[a] = transform ? y[a] : c;
+                        }
+                        for (int m = 0; m < M; m++) {
+                            const uint16_t * c = cb.centroids(h) + (size_t) m * spec.ksub * spec.dsub;
+                            auto dist = [&](int k) {
+                                double s = 0.0;
+                                for (int e = 0; e < spec.dsub; e++) {
+                                    const double v = y[m * spec.dsub + e] - f16_value(c[k * spec.dsub + e]);
+                                    s += v * v;
+                                }
+                                return s;
+                            };
+                            const int code = (int) pq_code_get((pq_type) type, &first[row_bytes * cells[i] + head_bytes * h], m);
+                            double best = INFINITY;
+                            for (int k = 0; k < spec.ksub; k++) {
+                                best = std::min(best, dist(k));
+                            }
+                            n_far += dist(code) > best + 1e-5 * (1.0 + sqrt(best));
+                            for (int k = 0; k < code; k++) {
+                                n_tie += memcmp(c + k * spec.dsub, c + code * spec.dsub, 2 * spec.dsub) == 0;
+                            }
+                        }
+                    }
+                }
+                check(n_far == 0, "%d codes of %s D %d are not the nearest", n_far, type_names[type], D);
+                check(n_tie == 0, "%d ties of %s D %d do not go to the lowest code", n_tie, type_names[type], D);
+
+                for (const std::string & name : simd) {
+                    pq_cpu_simd_set(name.c_str());
+                    std::vector<float> dec((size_t) n_cells * H * D + 3, -77.0f);
+                    pq_decode_params p = {};
+                    p.type             = (pq_type) type;
+                    p.D                = D;
+                    p.n_head_kv        = H;
+                    p.n_rows           = n_cells;
+                    p.codebook         = cb.blocks.data();
+                    p.has_transform    = transform;
+                    p.codes            = first.data();
+                    p.codes_row_stride = row_bytes;
+                    p.x                = dec.data();
+                    p.x_head_stride    = (size_t) D * 4;
+                    p.x_row_stride     = p.x_head_stride * H;
+                    million_pq_decode(&p, 2);
+                    double worst = 0.0;
+                    std::vector<double> ref(D);
+                    for (int i = 0; i < n_rows; i++) { // cells without codes hold 0xee, a valid code string as well
+                        for (int h = 0; h < H; h++) {
+                            cb.decode_x(h, &first[row_bytes * i + head_bytes * h], ref.data());
+                            for (int d = 0; d < D; d++) {
+                                worst = std::max(worst, std::fabs(ref[d] - dec[((size_t) i * H + h) * D + d]));
+                            }
+                        }
+                    }
+                    check(worst < 1e-4, "%s decode of %s D %d is off by %g", name.c_str(), type_names[type], D, worst);
+                    check(dec.back() == -77.0f, "decode wrote past its end");
+                }
+            }
+        }
+    }
+}
+
+// ---- attention ----
+
+struct attn_case {
+    int  type_k, type_v; // PQ_TYPE_COUNT: f16
+    int  D_k, D_v, n_head_kv, n_group, n_stream, n_q, n_kv;
+    bool transform, sinks;
+    int  mask; // 0 none, 1 causal with zeros, 2 random -inf, 3 random values, 4 per head and stream, 5 two windows, 6 all masked
+    float max_bias, softcap;
+    uint64_t seed;
+
+    std::string name() const {
+        char t[256];
+        snprintf(t, sizeof(t), "k %s v %s D %d/%d heads %dx%d streams %d n_q %d n_kv %d transform %d sinks %d mask %d alibi %g softcap %g",
+                 type_names[type_k], type_names[type_v], D_k, D_v, n_head_kv, n_group, n_stream, n_q, n_kv, transform, sinks, mask,
+                 max_bias, softcap);
+        return t;
+    }
+};
+
+struct attn_side {
+    int  type;
+    int  D, H, n_kv, n_stream;
+    codebook cb;
+    std::vector<uint8_t> data;
+    size_t head_stride, row_stride, stream_stride;
+
+    attn_side(int type, int D, int H, int n_kv, int n_stream, bool transform, uint64_t seed)
+        : type(type), D(D), H(H), n_kv(n_kv), n_stream(n_stream) {
+        rng r(seed);
+        if (type < PQ_TYPE_COUNT) {
+            cb = make_codebook((pq_type) type, D, H, transform, seed);
+            head_stride = pq_head_bytes((pq_type) type, D);
+        } else {
+            head_stride = (size_t) D * 2;
+        }
+        row_stride    = head_stride * H;
+        stream_stride = row_stride * n_kv;
+        data.resize(stream_stride * n_stream); // not one byte more: a sanitizer sees reads past the end
+        if (type < PQ_TYPE_COUNT) {
+            for (uint8_t & b : data) {
+                b = (uint8_t) r.next();
+            }
+        } else {
+            for (size_t i = 0; i < data.size(); i += 2) {
+                const uint16_t h = to_f16(r.normal());
+                memcpy(&data[i], &h, 2);
+            }
+        }
+    }
+    pq_attn_side params() const {
+        pq_attn_side s = {};
+        s.type          = (pq_type) type;
+        s.D             = D;
+        s.codebook      = type < PQ_TYPE_COUNT ? cb.blocks.data() : nullptr;
+        s.has_transform = type < PQ_TYPE_COUNT && cb.transform;
+        s.data          = data.data();
+        s.row_stride    = row_stride;
+        s.head_stride   = head_stride;
+        s.stream_stride = stream_stride;
+        s.to_float      = type < PQ_TYPE_COUNT ? nullptr : million_pq_f16_to_float;
+        return s;
+    }
+    void row(int stream, int cell, int h, double * x) const {
+        const uint8_t * p = &data[stream * stream_stride + cell * row_stride + h * head_stride];
+        if (type < PQ_TYPE_COUNT) {
+            cb.decode_x(h, p, x);
+            return;
+        }
+        for (int i = 0; i < D; i++) {
+            uint16_t v;
+            memcpy(&v, p + 2 * i, 2);
+            x[i] = f16_value(v);
+        }
+    }
+};
+
+struct attn_data {
+    attn_case c;
+    attn_side k, v;
+    int n_head;
+    std::vector<float>    q, sinks;
+    std::vector<uint16_t> mask;
+    int n_head_mask, n_stream_mask;
+
+    explicit attn_data(const attn_case & c)
+        : c(c), k(c.type_k, c.D_k, c.n_head_kv, c.n_kv, c.n_stream, c.transform, c.seed),
+          v(c.type_v, c.D_v, c.n_head_kv, c.n_kv, c.n_stream, c.transform, c.seed + 1), n_head(c.n_head_kv * c.n_group) {
+        rng r(c.seed + 2);
+        q.resize((size_t) c.n_stream * n_head * c.n_q * c.D_k);
+        for (float & f : q) {
+            f = r.normal();
+        }
+        for (int h = 0; c.sinks && h < n_head; h++) {
+            sinks.push_back(2.0f * r.normal());
+        }
+        n_head_mask   = c.mask == 4 ? n_head : 1;
+        n_stream_mask = c.mask == 4 ? c.n_stream : 1;
+        if (!c.mask) {
+            return;
+        }
+        mask.resize((size_t) n_stream_mask * n_head_mask * c.n_q * c.n_kv);
+        size_t i = 0;
+        for (int sh = 0; sh < n_stream_mask * n_head_mask; sh++) {
+            for (int t = 0; t < c.n_q; t++) {
+                const bool dead_row = c.mask == 6 || (c.mask == 2 && c.n_q > 1 && t == c.n_q / 2);
+                for (int cell = 0; cell < c.n_kv; cell++, i++) {
+                    bool  dead = dead_row;
+                    float value = 0.0f;
+                    switch (c.mask) {
+                        case 1: dead |= cell > c.n_kv - c.n_q + t && cell > 0; break;
+                        case 2: dead |= r.below(3) == 0; break;
+                        case 3: value = -(float) r.below(40); break;
+                        case 4: dead |= r.below(4) == 0; value = -(float) r.below(4); break;
+                        case 5: dead |= (cell % 400) >= 30; break;
+                        default: break;
+                    }
+                    mask[i] = dead ? 0xfc00 : to_f16(value);
+                }
+            }
+        }
+    }
+
+    pq_attn_params params(float * dst) const {
+        pq_attn_params p = {};
+        p.n_head             = n_head;
+        p.n_head_kv          = c.n_head_kv;
+        p.n_stream           = c.n_stream;
+        p.n_q                = c.n_q;
+        p.n_kv               = c.n_kv;
+        p.k                  = k.params();
+        p.v                  = v.params();
+        p.q                  = (const uint8_t *) q.data();
+        p.q_token_stride     = (size_t) c.D_k * 4;
+        p.q_head_stride      = p.q_token_stride * c.n_q;
+        p.q_stream_stride    = p.q_head_stride * n_head;
+        p.mask               = mask.empty() ? nullptr : (const uint8_t *) mask.data();
+        p.mask_token_stride  = (size_t) c.n_kv * 2;
+        p.mask_head_stride   = p.mask_token_stride * c.n_q;
+        p.mask_stream_stride = p.mask_head_stride * n_head_mask;
+        p.n_head_mask        = n_head_mask;
+        p.n_stream_mask      = n_stream_mask;
+        p.sinks              = sinks.empty() ? nullptr : sinks.data();
+        p.scale              = 1.0f / sqrtf((float) c.D_k);
+        p.max_bias           = c.max_bias;
+        p.logit_softcap      = c.softcap;
+        p.dst                = dst;
+        p.dst_head_stride    = (size_t) c.D_v * 4;
+        p.dst_token_stride   = p.dst_head_stride * n_head;
+        p.dst_stream_stride  = p.dst_token_stride * c.n_q;
+        return p;
+    }
+
+    std::vector<double> reference() const {
+        std::vector<double> out((size_t) c.n_stream * c.n_q * n_head * c.D_v);
+        const int    log2_heads = 1 << (int) floor(log2(n_head));
+        const double m0 = pow(2.0, -c.max_bias / log2_heads), m1 = pow(2.0, -c.max_bias / 2 / log2_heads);
+        std::vector<double> kx((size_t) c.n_kv * c.D_k), vx((size_t) c.n_kv * c.D_v), score(c.n_kv);
+        for (int s = 0; s < c.n_stream; s++) {
+            for (int g = 0; g < c.n_head_kv; g++) {
+                for (int cell = 0; cell < c.n_kv; cell++) {
+                    k.row(s, cell, g, &kx[(size_t) cell * c.D_k]);
+                    v.row(s, cell, g, &vx[(size_t) cell * c.D_v]);
+                }
+                for (int h = g * c.n_group; h < (g + 1) * c.n_group; h++) {
+                    const double slope = c.max_bias > 0 ? h < log2_heads ? pow(m0, h + 1) : pow(m1, 2 * (h - log2_heads) + 1) : 1.0;
+                    for (int t = 0; t < c.n_q; t++) {
+                        const float    * qr = &q[(((size_t) s * n_head + h) * c.n_q + t) * c.D_k];
+                        const uint16_t * mr = mask.empty() ? nullptr
+                            : &mask[(((size_t) (s % n_stream_mask) * n_head_mask + h % n_head_mask) * c.n_q + t) * c.n_kv];
+                        double top = sinks.empty() ? -INFINITY : sinks[h];
+                        for (int cell = 0; cell < c.n_kv; cell++) {
+                            double x = 0.0;
+                            for (int i = 0; i < c.D_k; i++) {
+                                x += qr[i] * kx[(size_t) cell * c.D_k + i];
+                            }
+                            x /= sqrt((double) c.D_k);
+                            x = c.softcap != 0.0f ? c.softcap * tanh(x / c.softcap) : x;
+                            score[cell] = mr ? x + slope * f16_value(mr[cell]) : x;
+                            top = std::max(top, score[cell]);
+                        }
+                        double sum = sinks.empty() || top == -INFINITY ? 0.0 : exp(sinks[h] - top);
+                        double * o = &out[(((size_t) s * c.n_q + t) * n_head + h) * c.D_v];
+                        for (int cell = 0; cell < c.n_kv && top != -INFINITY; cell++) {
+                            const double w = exp(score[cell] - top);
+                            sum += w;
+                            for (int i = 0; i < c.D_v; i++) {
+                                o[i] += w * vx[(size_t) cell * c.D_v + i];
+                            }
+                        }
+                        for (int i = 0; i < c.D_v; i++) {
+                            o[i] = sum == 0.0 ? 0.0 : o[i] / sum;
+                        }
+                    }
+                }
+            }
+        }
+        return out;
+    }
+};
+
+static void test_attn_case(const attn_case & c, const std::vector<std::string> & simd) {
+    const attn_data d(c);
+    const std::vector<double> ref = d.reference();
+    for (const std::string & name : simd) {
+        pq_cpu_simd_set(name.c_str());
+        std::vector<float> first;
+        for (int n_threads : { 1, 3 }) {
+            std::vector<float> out(ref.size() + 1, 1234.0f);
+            const pq_attn_params p = d.params(out.data());
+            million_pq_attn(&p, n_threads);
+            double worst = 0.0, sum_err = 0.0, sum_ref = 0.0;
+            for (size_t i = 0; i < ref.size(); i++) {
+                const double e = std::fabs(out[i] - ref[i]);
+                worst    = e <= worst ? worst : e;
+                sum_err += e * e;
+                sum_ref += ref[i] * ref[i];
+            }
+            check(worst < 3e-5 && !(sum_err > 1e-10 * sum_ref), "%s attention: largest error %g, NMSE %g; %s", name.c_str(), worst,
+                  sum_err / sum_ref, c.name().c_str());
+            check(out.back() == 1234.0f, "attention wrote past its end");
+            out.pop_back();
+            check(first.empty() || memcmp(first.data(), out.data(), out.size() * 4) == 0, "%s attention depends on the number of threads; %s",
+                  name.c_str(), c.name().c_str());
+            first = out;
+        }
+    }
+}
+
+static void test_attn() {
+    const std::vector<std::string> simd = simd_names();
+    rng r(5);
+    auto base = [&](int i) {
+        attn_case c = {};
+        c.type_k    = i % PQ_TYPE_COUNT;
+        c.type_v    = (i / 3) % PQ_TYPE_COUNT;
+        c.D_k       = 64;
+        c.D_v       = 64;
+        c.n_head_kv = 2;
+        c.n_group   = 1;
+        c.n_stream  = 1;
+        c.n_q       = 1;
+        c.n_kv      = 97;
+        c.transform = true;
+        c.seed      = 1000 + (uint64_t) i;
+        return c;
+    };
+    int i = 0;
+    for (int n_kv : { 1, 31, 97, 257, 1000 }) {
+        for (int D : { 64, 80, 96, 128, 192, 256 }) {
+            for (int n_group : { 1, 2, 8 }) {
+                for (int n_q : { 1, 3, 65 }) {
+                    if (n_q == 65 && n_group == 8 && D > 128 && n_kv > 257) {
+                        continue; // the reference would take most of the time
+                    }
+                    attn_case c = base(i++);
+                    c.D_k = c.D_v = D;
+                    c.n_group   = n_group;
+                    c.n_q       = n_q;
+                    c.n_kv      = n_kv;
+                    c.mask      = r.below(7);
+                    c.sinks     = r.below(4) == 0;
+                    c.transform = r.below(4) != 0;
+                    c.n_stream  = n_q < 65 ? 1 + r.below(2) : 1;
+                    c.max_bias  = c.mask == 3 || c.mask == 4 ? 8.0f : 0.0f;
+                    c.softcap   = r.below(4) == 0 ? 5.0f : 0.0f;
+                    test_attn_case(c, simd);
+                }
+            }
+        }
+    }
+    // each feature alone, with few and with many rows
+    for (int n_q : { 1, 4, 20 }) {
+        for (int f = 0; f < 24; f++) {
+            attn_case c = base(i++);
+            c.n_q  = n_q;
+            c.n_kv = 700;
+            switch (f) {
+                case 0:  break;
+                case 1:  c.transform = false; break;
+                case 2:  c.sinks = true; break;
+                case 3:  c.softcap = 2.0f; break;
+                case 4:  c.mask = 3; c.max_bias = 8.0f; c.n_group = 3; break; // 6 heads: both slope formulas
+                case 5:  case 6: case 7: case 8: case 9: case 10: c.mask = f - 4; break;
+                case 11: c.mask = 6; c.sinks = true; break;
+                case 12: c.n_stream = 3; c.mask = 4; break;
+                case 13: c.type_k = PQ_TYPE_COUNT; break;
+                case 14: c.type_v = PQ_TYPE_COUNT; break;
+                case 15: c.type_k = PQ_TYPE_COUNT; c.type_v = PQ_TYPE_COUNT; c.mask = 2; break;
+                case 16: c.type_k = PQ_TYPE_COUNT; c.D_k = 72; c.n_group = 5; c.mask = 5; break;
+                case 17: c.D_k = 192; c.D_v = 128; break;
+                case 18: c.D_k = 8; c.D_v = 24; break;
+                case 19: c.D_k = 24; c.D_v = 8; c.type_k = PQ_TYPE_PQ2; c.type_v = PQ_TYPE_PQ2; break;
+                case 20: c.D_k = 40; c.D_v = 56; c.type_k = PQ_TYPE_PQ3; c.type_v = PQ_TYPE_PQ3; break;
+                case 21: c.n_kv = 4097; c.mask = 5; break;
+                case 22: c.n_head_kv = 1; c.n_group = 16; c.n_kv = 2300; c.mask = 1; break;
+                case 23: c.n_kv = 3000; c.sinks = true; c.n_group = 7; break;
+            }
+            test_attn_case(c, simd);
+        }
+    }
+    for (int n_group : { 71, 128 }) { // more heads than a block has rows
+        attn_case c = base(i++);
+        c.n_head_kv = 1;
+        c.n_group   = n_group;
+        c.n_q       = 2;
+        c.n_kv      = 200;
+        test_attn_case(c, simd);
+    }
+}
+
+// ---- k-means ----
+
+static void test_kmeans() {
+    const std::vector<std::string> simd = simd_names();
+    for (int dsub : { 2, 4 }) {
+        for (int ksub : { 1, 3, 64, 100, 256 }) {
+            for (int n : { 0, 1, 2, 3, 5, 1003 }) {
+                rng r(dsub * 1000 + ksub + n);
+                const int P = 3;
+                std::vector<float> x((size_t) P * n * dsub), c((size_t) P * ksub * dsub);
+                for (float & f : x) { f = r.normal(); }
+                for (float & f : c) { f = r.normal(); }
+                std::vector<uint8_t> first;
+                std::vector<double>  first_sums;
+                double first_sse = 0.0;
+                for (const std::string & name : simd) {
+                    pq_cpu_simd_set(name.c_str());
+                    std::vector<uint8_t> codes((size_t) P * n + 1, 0xee);
+                    std::vector<double>  sums(c.size(), -1.0), sse(P);
+                    std::vector<int64_t> counts((size_t) P * ksub, -1);
+                    const double total = million_pq_kmeans_assign_many(x.data(), P, n, dsub, c.data(), ksub, codes.data(), sums.data(),
+                                                                       counts.data(), sse.data(), 2);
+                    const double again = million_pq_kmeans_assign_many(x.data(), P, n, dsub, c.data(), ksub, nullptr, sums.data(),
+                                                                       counts.data(), nullptr, 1);
+                    check(total == again, "k-means: two calls differ");
+                    if (name == simd[0]) {
+                        first      = codes;
+                        first_sums = sums;
+                        first_sse  = total;
+                        std::vector<double>  ref_sums(c.size(), 0.0);
+                        std::vector<int64_t> ref_counts((size_t) P * ksub, 0);
+                        double ref_sse = 0.0;
+                        int n_far = 0;
+                        for (int p = 0; p < P; p++) {
+                            for (int i = 0; i < n; i++) {
+                                auto dist = [&](int k) {
+                                    double s = 0.0;
+                                    for (int e = 0; e < dsub; e++) {
+                                        const double v = (double) x[((size_t) p * n + i) * dsub + e] - c[((size_t) p * ksub + k) * dsub + e];
+                                        s += v * v;
+                                    }
+                                    return s;
+                                };
+                                double best = INFINITY;
+                                for (int k = 0; k < ksub; k++) {
+                                    best = std::min(best, dist(k));
+                                }
+                                const int code = codes[(size_t) p * n + i];
+                                n_far   += code >= ksub || dist(code) > best * (1 + 1e-5) + 1e-9;
+                                ref_sse += best;
+                                ref_counts[(size_t) p * ksub + code]++;
+                                for (int e = 0; e < dsub; e++) {
+                                    ref_sums[((size_t) p * ksub + code) * dsub + e] += x[((size_t) p * n + i) * dsub + e];
+                                }
+                            }
+                        }
+                        check(n_far == 0, "k-means: %d points of %d are not with their nearest centroid", n_far, P * n);
+                        check(ref_counts == counts && ref_sums == sums, "k-means: sums or counts are wrong, dsub %d ksub %d n %d", dsub, ksub, n);
+                        check(std::fabs(ref_sse - total) <= 1e-5 * ref_sse, "k-means: sse %g, needs %g", total, ref_sse);
+                    }
+                    check(codes == first && sums == first_sums && total == first_sse, "k-means of %s differs from %s's", name.c_str(), simd[0].c_str());
+                    check(codes.back() == 0xee, "k-means wrote past its end");
+                }
+            }
+        }
+    }
+}
+
+// ---- bench ----
+
+static double now_ns() {
+    return (double) std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Time that this thread ran: other programs on the machine don't count.
+static double thread_ns() {
+#ifdef CLOCK_THREAD_CPUTIME_ID
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return 1e9 * (double) t.tv_sec + (double) t.tv_nsec;
+#else
+    return now_ns();
+#endif
+}
+
+struct timing {
+    double median, low, high;
+};
+
+template <class F>
+static timing time_ns(F fn) {
+    fn();
+    std::vector<double> t;
+    const double start = now_ns();
+    while (t.size() < 7 || (now_ns() - start < 0.4e9 && t.size() < 500)) {
+        const double t0 = thread_ns();
+        fn();
+        t.push_back(thread_ns() - t0);
+    }
+    std::sort(t.begin(), t.end());
+    return { t[t.size() / 2], t.front(), t[t.size() * 9 / 10] };
+}
+
+#ifdef HAVE_F16_LOOP
+// What an f16 cache costs without any blocking: a dot product and a scaled sum per (query head, cell).
+__attribute__((target("avx2,fma,f16c")))
+static void f16_attn(const float * q, const uint16_t * k, const uint16_t * v, int D, int n_kv, size_t row, float * out) {
+    float m = -INFINITY, sum = 0.0f;
+    memset(out, 0, (size_t) D * 4);
+    for (int t = 0; t < n_kv; t++) {
+        __m256 a = _mm256_setzero_ps(), b = _mm256_setzero_ps();
+        for (int i = 0; i < D; i += 16) {
+            a = _mm256_fmadd_ps(_mm256_loadu_ps(q + i),     _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (k + t * row + i))), a);
+            b = _mm256_fmadd_ps(_mm256_loadu_ps(q + i + 8), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (k + t * row + i + 8))), b);
+        }
+        float lanes[8], s = 0.0f;
+        _mm256_storeu_ps(lanes, _mm256_add_ps(a, b));
+        for (float f : lanes) { s += f; }
+        s *= 0.088f;
+        if (s > m) {
+            const __m256 f = _mm256_set1_ps(expf(m - s));
+            for (int i = 0; i < D; i += 8) {
+                _mm256_storeu_ps(out + i, _mm256_mul_ps(f, _mm256_loadu_ps(out + i)));
+            }
+            sum *= expf(m - s);
+            m = s;
+        }
+        const float  w = expf(s - m);
+        const __m256 W = _mm256_set1_ps(w);
+        sum += w;
+        for (int i = 0; i < D; i += 8) {
+            _mm256_storeu_ps(out + i, _mm256_fmadd_ps(W, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (v + t * row + i))), _mm256_loadu_ps(out + i)));
+        }
+    }
+    for (int i = 0; i < D; i++) {
+        out[i] /= sum;
+    }
+}
+
+__attribute__((target("avx2,fma,f16c")))
+static void run_fma(int n) { // twelve chains: enough to fill two units of latency 4 or 5
+    __m256 a[12];
+    for (int i = 0; i < 12; i++) {
+        a[i] = _mm256_set1_ps((float) i);
+    }
+    const __m256 x = _mm256_set1_ps(0.999f), y = _mm256_set1_ps(1e-3f);
+    for (int k = 0; k < n; k++) {
+        for (int i = 0; i < 12; i++) {
+            a[i] = _mm256_fmadd_ps(a[i], x, y);
+        }
+        __asm__ volatile("" : "+x"(a[0]), "+x"(a[1]), "+x"(a[2]), "+x"(a[3]), "+x"(a[4]), "+x"(a[5]));
+        __asm__ volatile("" : "+x"(a[6]), "+x"(a[7]), "+x"(a[8]), "+x"(a[9]), "+x"(a[10]), "+x"(a[11]));
+    }
+}
+
+static double peak_fma_ns() { // ns per 8-lane fused multiply-add
+    return time_ns([] { run_fma(100000); }).low / 1.2e6;
+}
+#endif
+
+static timing time_attn(const attn_data & d) {
+    std::vector<float> out((size_t) d.c.n_stream * d.c.n_q * d.n_head * d.c.D_v);
+    const pq_attn_params p = d.params(out.data());
+    std::vector<uint8_t> partials(pq_attn_partials_size(&p)), scratch(pq_attn_scratch_size(&p));
+    return time_ns([&] {
+        for (int64_t i = 0; i < pq_attn_n_items(&p); i++)        { pq_attn_item(&p, i, partials.data(), scratch.data()); }
+        for (int64_t i = 0; i < pq_attn_n_reduce_items(&p); i++) { pq_attn_reduce_item(&p, i, partials.data(), scratch.data()); }
+    });
+}
+
+static void bench(const char * filter) {
+    auto wanted = [&](const char * what) { return !filter || strstr(filter, what); };
+    double fma_ns = 0.0;
+#ifdef HAVE_F16_LOOP
+    fma_ns = peak_fma_ns();
+    printf("one 8-lane fused multiply-add: %.3f ns (%.1f GFLOP/s)\n", fma_ns, 16 / fma_ns);
+#endif
+    for (const std::string & name : simd_names()) {
+        if (name == "scalar" && !getenv("PQ_BENCH_SCALAR")) {
+            continue;
+        }
+        pq_cpu_simd_set(name.c_str());
+        printf("\n== %s, one thread; [fastest, 90%%] ==\n", name.c_str());
+
+        for (int type = 0; type < PQ_TYPE_COUNT && wanted("encode"); type++) {
+            for (int n_rows : { 1, 512 }) {
+                const int D = 128, H = 8;
+                const codebook cb = make_codebook((pq_type) type, D, H, true, 1);
+                rng r(2);
+                std::vector<float> x((size_t) n_rows * H * D);
+                for (float & f : x) { f = r.normal(); }
+                std::vector<uint8_t> codes((size_t) n_rows * H * pq_head_bytes((pq_type) type, D));
+                pq_encode_params p = {};
+                p.type             = (pq_type) type;
+                p.D                = D;
+                p.n_head_kv        = H;
+                p.n_rows           = n_rows;
+                p.codebook         = cb.blocks.data();
+                p.has_transform    = 1;
+                p.x                = x.data();
+                p.x_head_stride    = (size_t) D * 4;
+                p.x_row_stride     = p.x_head_stride * H;
+                p.codes            = codes.data();
+                p.codes_row_stride = codes.size() / n_rows;
+                std::vector<uint8_t> scratch(pq_encode_scratch_size(&p));
+                const timing t = time_ns([&] {
+                    for (int64_t i = 0; i < pq_encode_n_items(&p); i++) { pq_encode_item(&p, i, scratch.data()); }
+                });
+                const double n = (double) n_rows * H;
+                printf("encode  %s D 128 rows %4d: %8.1f ns per (row, head) [%.1f, %.1f]\n", type_names[type], n_rows, t.median / n, t.low / n, t.high / n);
+            }
+        }
+
+        for (int D : { 64, 128 }) {
+            if (!wanted("decode")) {
+                break;
+            }
+            for (int n_group : { 1, 2, 4, 8 }) {
+                const int H = 8, n_kv = 8192;
+                double f16_pair = 0.0;
+#ifdef HAVE_F16_LOOP
+                {
+                    const attn_side k(PQ_TYPE_COUNT, D, H, n_kv, 1, false, 1), v(PQ_TYPE_COUNT, D, H, n_kv, 1, false, 2);
+                    std::vector<float> q(D, 0.1f), out(D);
+                    const timing t = time_ns([&] {
+                        for (int h = 0; h < H * n_group; h++) {
+                            f16_attn(q.data(), (const uint16_t *) k.data.data() + h / n_group * D, (const uint16_t *) v.data.data() + h / n_group * D,
+                                     D, n_kv, (size_t) H * D, out.data());
+                        }
+                    });
+                    f16_pair = t.median / ((double) H * n_group * n_kv);
+                    printf("decode  f16 D %3d GQA %d cells %d: %6.2f ns per (query head, cell) [plain loop]\n", D, n_group, n_kv, f16_pair);
+                }
+#endif
+                for (int type = 0; type < PQ_TYPE_COUNT; type++) {
+                    attn_case c = {};
+                    c.type_k = c.type_v = type;
+                    c.D_k = c.D_v = D;
+                    c.n_head_kv = H;
+                    c.n_group   = n_group;
+                    c.n_stream  = 1;
+                    c.n_q       = 1;
+                    c.n_kv      = n_kv;
+                    c.transform = true;
+                    c.mask      = 1;
+                    c.seed      = 1;
+                    const timing t = time_attn(attn_data(c));
+                    const double n = (double) H * n_group * n_kv;
+                    printf("decode  %s D %3d GQA %d cells %d: %6.2f ns per (query head, cell) [%.2f, %.2f]  %.2fx f16\n", type_names[type], D, n_group, n_kv,
+                           t.median / n, t.low / n, t.high / n, f16_pair / (t.median / n));
+                }
+            }
+        }
+
+        for (int type = 0; type < PQ_TYPE_COUNT && wanted("prefill"); type++) {
+            attn_case c = {};
+            c.type_k = c.type_v = type;
+            c.D_k = c.D_v = 128;
+            c.n_head_kv = 2;
+            c.n_group   = 1;
+            c.n_stream  = 1;
+            c.n_q       = 512;
+            c.n_kv      = 2048;
+            c.transform = true;
+            c.seed      = 1;
+            const timing t = time_attn(attn_data(c));
+            const double n = 2.0 * 512 * 2048;
+            printf("prefill %s D 128 512 x 2048: %6.2f ns per (query head, cell) [%.2f, %.2f]", type_names[type], t.median / n, t.low / n, t.high / n);
+            if (fma_ns > 0.0) {
+                printf("  %.0f%% of the 8-lane multiply-add peak", 100.0 * 32 * fma_ns / (t.median / n));
+            }
+            printf("\n");
+        }
+
+        for (int dsub : { 2, 4 }) {
+            if (!wanted("kmeans")) {
+                break;
+            }
+            const int n = 32768, ksub = 256;
+            rng r(3);
+            std::vector<float> x((size_t) n * dsub), cen((size_t) ksub * dsub);
+            for (float & f : x)   { f = r.normal(); }
+            for (float & f : cen) { f = r.normal(); }
+            std::vector<double>  sums(cen.size());
+            std::vector<int64_t> counts(ksub);
+            const timing t = time_ns([&] { pq_kmeans_assign(x.data(), n, dsub, dsub, cen.data(), ksub, nullptr, sums.data(), counts.data()); });
+            printf("k-means dsub %d ksub 256: %6.2f ns per point [%.2f, %.2f]\n", dsub, t.median / n, t.low / n, t.high / n);
+        }
+    }
+}
+
+int main(int argc, char ** argv) {
+    if (argc > 1 && strcmp(argv[1], "bench") == 0) {
+        bench(argc > 2 ? argv[2] : nullptr);
+        return 0;
+    }
+    const struct { const char * name; void (*run)(); } tests[] = {
+        { "codebook", test_codebook }, { "encode and decode", test_encode_decode }, { "attention", test_attn }, { "k-means", test_kmeans },
+    };
+    printf("instruction sets:");
+    for (const std::string & name : simd_names()) {
+        printf(" %s", name.c_str());
+    }
+    printf("\n");
+    for (const auto & test : tests) {
+        const int before = n_failed, checks = n_checks;
+        const double t0 = now_ns();
+        test.run();
+        printf("%-18s %6d checks, %d failed, %.1f s\n", test.name, n_checks - checks, n_failed - before, (now_ns() - t0) / 1e9);
+    }
+    return n_failed != 0;
+}

@@ -1,0 +1,81 @@
+"""The ``million`` command: one module per subcommand, each with ``add_parser`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import MillionError
+from . import calibrate, chat, convert, demo, inspect
+
+EXIT_OK = 0
+EXIT_FAULT = 2  # a fault of the input, as argparse's own errors
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+DEBUG_VARIABLE = "MILLION_DEBUG"
+
+_COMMANDS = (convert, calibrate, inspect, chat, demo)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="million",
+        description="Product-quantized KV cache for llama.cpp: a context takes a quarter of the memory of f16.",
+        epilog="'million COMMAND --help' explains a command. MILLION_DEBUG=1 shows tracebacks.",
+    )
+    parser.add_argument("--version", action="version", version=f"million-gguf {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in _COMMANDS:
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a fault of the input, 130 for Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    debug = os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
+    # An interrupted run removes its temporary files, however it was asked to stop.
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except MillionError as e:
+        if debug:
+            traceback.print_exc()
+        return fail(str(e))
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as in 'million inspect m.gguf | head'
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # so that the interpreter's last flush finds a reader
+        return EXIT_OK
+    except OSError as e:
+        if debug:
+            traceback.print_exc()
+        return fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+    except MemoryError:
+        if debug:
+            traceback.print_exc()
+        return fail("out of memory: use a smaller context or model, or a lower --memory")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def fail(message: str) -> int:
+    """Say what is wrong, on one line of stderr, and return the exit code for it."""
+    print(f"million: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return EXIT_FAULT
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

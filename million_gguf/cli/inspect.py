@@ -1,0 +1,165 @@
+"""``million inspect``: what is in a GGUF file, as far as its KV cache is concerned."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import container
+from ..container import CodebookSet, GGUFHeader
+from ..pq_ref import Codebook
+
+_PIPE_WIDTH = 120  # columns when the output is not a terminal
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show the codebooks of a GGUF file and how they were made",
+        description="Show a model's KV cache geometry, its codebooks, their errors and how they were made. Every codebook "
+        "is checked. A file without codebooks is no error.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = inspect(args.model)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print_tables(facts)
+    return 0
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """The facts that ``million inspect --json`` prints. Raises FormatError, MismatchError or InputError as ``container.read``."""
+    with GGUFHeader(path) as header:
+        shape = container.model_shape(header)
+        facts: dict[str, Any] = {
+            "file": str(path),
+            "bytes": header.size,
+            "architecture": shape.arch,
+            "name": header.get("general.name"),
+            "layers": shape.block_count,
+            "context_length": header.get(f"{shape.arch}.context_length"),
+            "n_head": list(shape.n_head),
+            "n_head_kv": list(shape.n_head_kv),
+            "head_size_k": list(shape.D_k),
+            "head_size_v": list(shape.D_v),
+            "rope_freq_base": shape.rope_freq_base,
+            "chat_template": "tokenizer.chat_template" in header.kv,
+            "f16_bytes_per_token": _bytes_per_token(shape, 16.0),
+            "codebooks": None,
+        }
+        if container.has_codebooks(header):
+            facts["codebooks"] = _codebooks(header, container.read(header), shape)
+    return facts
+
+
+def _bytes_per_token(shape: container.ModelShape, bits: float) -> float:
+    elements = sum(n * (k + v) for n, k, v in zip(shape.n_head_kv, shape.D_k, shape.D_v, strict=True))
+    return elements * bits / 8
+
+
+def _codebooks(header: GGUFHeader, books: CodebookSet, shape: container.ModelShape) -> dict[str, Any]:
+    return {
+        "version": header.get("million.version"),
+        "model_digest": books.model_digest,
+        "bytes": container.codebook_bytes(books.types),
+        "calibration": {
+            "tokens": books.calibration.tokens,
+            "text_digest": books.calibration.text_digest,
+            "seed": books.calibration.seed,
+            "tool": books.calibration.tool,
+        },
+        "types": {
+            name: {
+                "bits_per_element": _spec(t.k).bits_per_element,
+                "bytes_per_token": _bytes_per_token(shape, _spec(t.k).bits_per_element),
+                "transform": any(cb is not None and cb.T is not None for cb in (*t.k, *t.v)),
+                "k_error": [None if cb is None else e for cb, e in zip(t.k, t.k_error, strict=True)],
+                "v_error": [None if cb is None else e for cb, e in zip(t.v, t.v_error, strict=True)],
+            }
+            for name, t in books.types.items()
+        },
+    }
+
+
+def _spec(codebooks: list[Codebook | None]) -> Any:
+    return next(cb.spec for cb in codebooks if cb is not None)
+
+
+def _span(values: list[int]) -> str:
+    distinct = list(dict.fromkeys(values))
+    return ", ".join(map(str, distinct[:4])) + (" ..." if len(distinct) > 4 else "")
+
+
+def _print_tables(facts: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    rows = [
+        ("file", f"{facts['file']} ({facts['bytes'] / 1e6:.1f} MB)"),
+        ("model", f"{facts['name'] or 'unnamed'} ({facts['architecture']})"),
+        ("layers", facts["layers"]),
+        ("heads", f"{_span(facts['n_head'])} ({_span(facts['n_head_kv'])} KV)"),
+        ("head size", f"K {_span(facts['head_size_k'])}, V {_span(facts['head_size_v'])}"),
+        ("context", facts["context_length"]),
+        ("chat template", "yes" if facts["chat_template"] else "no (completes text)"),
+        ("f16 cache", f"{facts['f16_bytes_per_token'] / 1024:.1f} KiB per token"),
+    ]
+    books = facts["codebooks"]
+    if books is not None:
+        calibration = books["calibration"]
+        rows += [
+            ("codebooks", f"format {books['version']}, {books['bytes'] / 1e6:.2f} MB, for model {books['model_digest']}"),
+            ("calibrated", f"{calibration['tokens']} tokens, seed {calibration['seed']}, by {calibration['tool']}"),
+            ("text", f"sha256 {calibration['text_digest']}"),
+        ]
+    for key, value in rows:
+        print(f"{key:<14} {value}")
+    if books is None:
+        print("\nNo codebooks: 'million calibrate' adds them.")
+        return
+    print(flush=True)
+
+    types = Table(box=box.SIMPLE, title="Cache types", title_justify="left")
+    for heading in ("type", "bits", "KiB per token", "of f16", "transform", "mean K error", "mean V error"):
+        types.add_column(heading, justify="left" if heading == "type" else "right")
+    for name, t in books["types"].items():
+        types.add_row(
+            name,
+            f"{t['bits_per_element']:g}",
+            f"{t['bytes_per_token'] / 1024:.2f}",
+            f"{t['bytes_per_token'] / facts['f16_bytes_per_token']:.1%}",
+            "yes" if t["transform"] else "no",
+            _error(_mean(t["k_error"])),
+            _error(_mean(t["v_error"])),
+        )
+    console.print(types)
+
+    layers = Table(box=box.SIMPLE, title="Error per layer: squared error over variance", title_justify="left")
+    layers.add_column("layer", justify="right")
+    for name in books["types"]:
+        layers.add_column(f"{name} K", justify="right")
+        layers.add_column(f"{name} V", justify="right")
+    for i in range(facts["layers"]):
+        cells = [_error(t[side][i]) for t in books["types"].values() for side in ("k_error", "v_error")]
+        layers.add_row(str(i), *cells)
+    console.print(layers)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    present = [v for v in values if v is not None]
+    return sum(present) / len(present) if present else None
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,83 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..converters.gguf import DEFAULT_CTX, DEFAULT_TOKENS, DEFAULT_TYPES
+
+
+def at_least(least: int) -> Any:
+    """An argparse type: an integer that is no smaller."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small, need at least {least}")
+        return value
+
+    return integer
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a number above zero."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
+    return value
+
+
+def add_runtime(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Where the model runs."""
+    parser.add_argument("-t", "--threads", type=at_least(1), metavar="N", help="CPU threads (default: all)")
+    parser.add_argument(
+        "-ngl",
+        "--n-gpu-layers",
+        type=at_least(-1),
+        default=0,
+        metavar="N",
+        help="layers to run on the GPU; -1 for all (default: 0)",
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """How codebooks are made, and where the result goes."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--types",
+        default=",".join(DEFAULT_TYPES),
+        metavar="LIST",
+        help="cache types to make codebooks for (default: %(default)s)",
+    )
+    group.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text like what the model will read (default: one that ships)"
+    )
+    group.add_argument(
+        "--tokens", type=at_least(1), default=DEFAULT_TOKENS, metavar="N", help="tokens of it to use (default: %(default)s)"
+    )
+    group.add_argument(
+        "--ctx", type=at_least(32), default=DEFAULT_CTX, metavar="N", help="tokens per context (default: %(default)s)"
+    )
+    group.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same codebooks (default: 0)")
+    group.add_argument(
+        "--memory", type=positive_float, metavar="GIB", help="memory for sampled rows (default: 40%% of what is free)"
+    )
+    add_runtime(group)
+    parser.add_argument("-f", "--force", action="store_true", help="replace the output if it exists")
+
+
+def calibration_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``add_calibration`` as arguments of ``million_gguf.calibrate``."""
+    return {
+        "types": args.types,
+        "text": args.text,
+        "n_tokens": args.tokens,
+        "n_ctx": args.ctx,
+        "seed": args.seed,
+        "n_threads": args.threads,
+        "n_gpu_layers": args.n_gpu_layers,
+        "memory_bytes": None if args.memory is None else int(args.memory * (1 << 30)),
+        "overwrite": args.force,
+    }

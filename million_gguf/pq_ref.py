@@ -1,0 +1,366 @@
+"""The definition of the product-quantized KV cache, in NumPy and float64.
+
+The C++ and CUDA kernels are tested against this file. It is written to be read: no function here is fast.
+
+Method: MILLION (DAC'25, arXiv 2504.03661), product quantization after Jegou et al. (PAMI 2011), with a linear map per
+layer and KV head (``docs/format.md``, section *Codes*)::
+
+    y  = (x - mu) T                                  encode: code m = nearest centroid to y[m*dsub:(m+1)*dsub]
+    x^ = y^ T^-1 + mu                                decode: y^ is the concatenation of the chosen centroids
+    q.x^ = (T^-1 q).y^ + q.mu                        what the kernels use; ``lut_scores`` computes it so
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import MismatchError
+from .spec import PQSpec
+
+# Elements of the largest temporary array: 2**24 float64 are 128 MiB.
+_CHUNK_ELEMS = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """Codebook of one layer and side (K or V), with the values that the file stores.
+
+    Attributes:
+        spec: the cache type.
+        mu: f32 ``[n_head_kv, D]``.
+        T: f16 ``[n_head_kv, D, D]``, or None for the identity. ``y = (x - mu) @ T[head]``.
+        centroids: f16 ``[n_head_kv, M, ksub, dsub]``.
+
+    Raises MismatchError when shapes or dtypes disagree with each other or with ``spec``. Whether values are finite and
+    ``T`` is invertible is checked where codebooks enter: ``container.blob_to_codebook`` and ``codebook.train_side``.
+    """
+
+    spec: PQSpec
+    mu: npt.NDArray[np.float32]
+    T: npt.NDArray[np.float16] | None
+    centroids: npt.NDArray[np.float16]
+
+    def __post_init__(self) -> None:
+        if self.mu.ndim != 2 or self.mu.shape[0] < 1:
+            raise MismatchError(f"mu has shape {self.mu.shape}, need [n_head_kv, D] with at least one head")
+        M = self.spec.n_subspaces(self.D)
+        want = {
+            "mu": ((self.n_head_kv, self.D), np.float32),
+            "T": ((self.n_head_kv, self.D, self.D), np.float16),
+            "centroids": ((self.n_head_kv, M, self.spec.ksub, self.spec.dsub), np.float16),
+        }
+        for name, (shape, dtype) in want.items():
+            a = getattr(self, name)
+            if a is None and name == "T":
+                continue
+            if a.shape != shape or a.dtype != dtype:
+                raise MismatchError(
+                    f"{self.spec.name} {name} is {a.dtype} {list(a.shape)}, need {np.dtype(dtype)} {list(shape)}"
+                )
+
+    @property
+    def D(self) -> int:
+        """Head size."""
+        return int(self.mu.shape[1])
+
+    @property
+    def n_head_kv(self) -> int:
+        """KV heads of the layer."""
+        return int(self.mu.shape[0])
+
+    @property
+    def M(self) -> int:
+        """Subspaces per head."""
+        return self.spec.n_subspaces(self.D)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the codes of one head of one token."""
+        return self.spec.head_bytes(self.D)
+
+    @cached_property
+    def T_inv(self) -> npt.NDArray[np.float64] | None:
+        """f64 ``[n_head_kv, D, D]``: the inverse of the stored (f16) T; None for the identity."""
+        return None if self.T is None else np.linalg.inv(self.T.astype(np.float64))
+
+    def equals(self, other: Codebook) -> bool:
+        """True when both hold the same bits."""
+        same_T = (self.T is None) == (other.T is None) and (
+            self.T is None or other.T is None or self.T.tobytes() == other.T.tobytes()
+        )
+        return (
+            self.spec == other.spec
+            and self.mu.shape == other.mu.shape
+            and self.mu.tobytes() == other.mu.tobytes()
+            and same_T
+            and self.centroids.tobytes() == other.centroids.tobytes()
+        )
+
+
+# ---- codes ----
+
+
+def pack(spec: PQSpec, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
+    """Codes as the cache stores them: ``[..., M]`` integers below ksub -> u8 ``[..., M*nbits/8]``.
+
+    A little-endian bit string: bit b of code m is bit ``m*nbits + b``, which is bit ``% 8`` of byte ``// 8``.
+    Raises MismatchError when the codes do not fill whole bytes, or one is not below ksub.
+    """
+    M = indices.shape[-1]
+    if M * spec.nbits % 8 != 0:
+        raise MismatchError(f"{spec.name}: {M} codes of {spec.nbits} bits do not fill whole bytes")
+    if indices.size and (indices.min() < 0 or indices.max() >= spec.ksub):
+        raise MismatchError(f"{spec.name}: found code {indices.min()}..{indices.max()}, need 0..{spec.ksub - 1}")
+    bits = (indices[..., :, None].astype(np.uint8) >> np.arange(spec.nbits, dtype=np.uint8)) & 1
+    return np.packbits(bits.reshape(*indices.shape[:-1], M * spec.nbits), axis=-1, bitorder="little")
+
+
+def unpack(spec: PQSpec, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Inverse of ``pack``: u8 ``[..., M*nbits/8]`` -> u8 ``[..., M]``. Raises MismatchError on a broken code."""
+    n_bits = codes.shape[-1] * 8
+    if n_bits % spec.nbits != 0:
+        raise MismatchError(f"{spec.name}: {codes.shape[-1]} bytes do not hold whole codes of {spec.nbits} bits")
+    bits = np.unpackbits(np.ascontiguousarray(codes), axis=-1, bitorder="little")
+    bits = bits.reshape(*codes.shape[:-1], n_bits // spec.nbits, spec.nbits)
+    return (bits << np.arange(spec.nbits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+
+
+def transform(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """``y = (x - mu) T``: ``[n, n_head_kv, D]`` -> f64 ``[n, n_head_kv, D]``."""
+    y = np.asarray(x, dtype=np.float64) - cb.mu.astype(np.float64)
+    return y if cb.T is None else _per_head(y, cb.T.astype(np.float64))
+
+
+def _per_head(x: npt.NDArray[np.float64], A: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Row vectors times the matrix of their head: ``[n, n_head_kv, D]``, ``[n_head_kv, D, D]`` -> ``[n, n_head_kv, D]``."""
+    return np.matmul(x.transpose(1, 0, 2), A).transpose(1, 0, 2)
+
+
+def distances(cb: Codebook, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Squared distance to every centroid: y f64 ``[n, n_head_kv, D]`` -> f64 ``[n, n_head_kv, M, ksub]``."""
+    n = y.shape[0]
+    y = y.reshape(n, cb.n_head_kv, cb.M, cb.spec.dsub)
+    c = cb.centroids.astype(np.float64)
+    d = np.zeros((n, cb.n_head_kv, cb.M, cb.spec.ksub))
+    for i in range(cb.spec.dsub):
+        d += (y[..., i, None] - c[..., i]) ** 2
+    return d
+
+
+def encode_indices(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+    """Index of the nearest centroid, ties to the lowest: ``[n, n_head_kv, D]`` -> u8 ``[n, n_head_kv, M]``.
+
+    Raises MismatchError when the shape of ``x`` is not that of the codebook.
+    """
+    x = _check_rows(cb, x)
+    out = np.empty((x.shape[0], cb.n_head_kv, cb.M), dtype=np.uint8)
+    step = max(1, _CHUNK_ELEMS // (cb.n_head_kv * cb.M * cb.spec.ksub))
+    for i in range(0, x.shape[0], step):
+        # np.argmin returns the first of equal minima, which is the rule for ties.
+        out[i : i + step] = distances(cb, transform(cb, x[i : i + step])).argmin(axis=-1)
+    return out
+
+
+def encode(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.uint8]:
+    """Rows as the cache would store them -> codes: ``[n, n_head_kv, D]`` -> u8 ``[n, n_head_kv, head_bytes]``."""
+    return pack(cb.spec, encode_indices(cb, x))
+
+
+def decode_y(cb: Codebook, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """Chosen centroids, concatenated: u8 ``[n, n_head_kv, head_bytes]`` -> y^ f64 ``[n, n_head_kv, D]``."""
+    idx = unpack(cb.spec, _check_codes(cb, codes))
+    h = np.arange(cb.n_head_kv)[None, :, None]
+    m = np.arange(cb.M)[None, None, :]
+    return cb.centroids[h, m, idx].astype(np.float64).reshape(codes.shape[0], cb.n_head_kv, cb.D)
+
+
+def decode(cb: Codebook, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """Codes -> rows: u8 ``[n, n_head_kv, head_bytes]`` -> x^ f64 ``[n, n_head_kv, D]``.
+
+    Raises MismatchError when the shape of ``codes`` is not that of the codebook.
+    """
+    y = decode_y(cb, codes)
+    if cb.T_inv is not None:
+        y = _per_head(y, cb.T_inv)
+    return y + cb.mu.astype(np.float64)
+
+
+# ---- attention ----
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """One side of a cache that holds codes: ``codes`` u8 ``[n_stream, n_kv, n_head_kv, head_bytes]``."""
+
+    codes: npt.NDArray[np.uint8]
+    codebook: Codebook
+
+
+# A side without codes is a plain array [n_stream, n_kv, n_head_kv, D] of any float type.
+Side = Coded | npt.NDArray[np.floating]
+
+
+def alibi_slopes(n_head: int, max_bias: float) -> npt.NDArray[np.float64]:
+    """ALiBi slope of every query head, f64 ``[n_head]``; 1 everywhere when ``max_bias`` is 0.
+
+    As ggml computes them (``ggml_compute_forward_flash_attn_ext_f16_one_chunk``): a geometric series over the largest
+    power of two not above n_head, then the odd terms of a finer series for the heads that are left.
+    """
+    if max_bias <= 0.0:
+        return np.ones(n_head)
+    n_head_log2 = 1 << int(np.floor(np.log2(n_head)))
+    m0 = 2.0 ** (-max_bias / n_head_log2)
+    m1 = 2.0 ** (-(max_bias / 2.0) / n_head_log2)
+    h = np.arange(n_head)
+    return np.where(h < n_head_log2, m0 ** (h + 1.0), m1 ** (2.0 * (h - n_head_log2) + 1.0))
+
+
+def attention(
+    q: npt.ArrayLike,
+    k: Side,
+    v: Side,
+    *,
+    scale: float,
+    mask: npt.ArrayLike | None = None,
+    sinks: npt.ArrayLike | None = None,
+    max_bias: float = 0.0,
+    logit_softcap: float = 0.0,
+) -> npt.NDArray[np.float64]:
+    """Attention over a cache whose sides hold codes or plain rows, each on its own; the meaning of ``million_pq_attn``.
+
+    Args:
+        q: ``[n_stream, n_head, n_q, D_k]``. Query head h reads KV head ``h // (n_head // n_head_kv)``.
+        k, v: ``Coded``, or an array ``[n_stream, n_kv, n_head_kv, D]``.
+        scale: the score is ``scale * q.k``.
+        mask: ``[n_stream_mask, n_head_mask, n_q, n_kv]``, broadcast over streams and heads by index modulo. -inf excludes
+            a cell; any other value, times the head's ALiBi slope, is added to the score.
+        sinks: ``[n_head]``, a score that takes part in the softmax and has no value.
+        max_bias: ALiBi, see ``alibi_slopes``; 0 turns it off.
+        logit_softcap: score = cap * tanh(score / cap), before the mask; 0 turns it off.
+
+    Returns:
+        f64 ``[n_stream, n_q, n_head, D_v]``. A query whose cells are all excluded gives zeros.
+
+    Raises:
+        MismatchError: shapes that do not fit each other.
+    """
+    q = np.asarray(q, dtype=np.float64)
+    n_stream, n_head, n_q, D_k = _shape4(q, "q")
+    _, n_kv, n_head_kv, _ = _check_side(k, "k", n_stream, D=D_k)
+    D_v = _check_side(v, "v", n_stream, n_kv=n_kv, n_head_kv=n_head_kv)[3]
+    if n_head % n_head_kv != 0:
+        raise MismatchError(f"n_head {n_head} is not a multiple of n_head_kv {n_head_kv}")
+    mask4 = None if mask is None else np.asarray(mask)
+    if mask4 is not None and _shape4(mask4, "mask")[2:] != (n_q, n_kv):
+        raise MismatchError(f"mask is {list(mask4.shape)}, need [*, *, {n_q}, {n_kv}]")
+    sink = None if sinks is None else np.asarray(sinks, dtype=np.float64)
+    if sink is not None and sink.shape != (n_head,):
+        raise MismatchError(f"sinks is {list(sink.shape)}, need [{n_head}]")
+    slopes = alibi_slopes(n_head, max_bias)
+
+    out = np.zeros((n_stream, n_q, n_head, D_v))
+    step = max(1, _CHUNK_ELEMS // max(1, n_kv))
+    for s in range(n_stream):
+        k_rows, v_rows = _rows(k, s), _rows(v, s)
+        for h in range(n_head):
+            h_kv = h // (n_head // n_head_kv)
+            for i in range(0, n_q, step):
+                score = scale * (q[s, h, i : i + step] @ k_rows[:, h_kv].T)
+                if logit_softcap != 0.0:
+                    score = logit_softcap * np.tanh(score / logit_softcap)
+                if mask4 is not None:
+                    bias = mask4[s % mask4.shape[0], h % mask4.shape[1], i : i + step].astype(np.float64)
+                    # Not by addition alone: an excluded cell may hold anything, NaN included (a cache is not cleared).
+                    score = np.where(np.isneginf(bias), -np.inf, score + slopes[h] * bias)
+                top = score.max(axis=1, initial=-np.inf if sink is None else sink[h], keepdims=True)
+                top = np.where(np.isneginf(top), 0.0, top)  # all excluded: every weight becomes 0, not NaN
+                weight = np.exp(score - top)
+                total = weight.sum(axis=1, keepdims=True)
+                if sink is not None:
+                    total += np.exp(sink[h] - top)
+                value = np.where((weight > 0.0).any(axis=0)[:, None], v_rows[:, h_kv], 0.0)
+                out[s, i : i + step, h] = (weight @ value) / np.where(total == 0.0, 1.0, total)
+    return out
+
+
+def lut_scores(q: npt.ArrayLike, k: Coded) -> npt.NDArray[np.float64]:
+    """``q.k`` the way the kernels compute it, for checking: from a lookup table per query, never decoding a row.
+
+    ``q.x^ = sum_m LUT[m][code_m] + q.mu`` with ``LUT[m][c] = (T^-1 q)[m*dsub:(m+1)*dsub] . centroids[m][c]``
+    (MILLION, section 3.3, with this project's transform).
+
+    Args:
+        q: ``[n_stream, n_head, n_q, D]``.
+
+    Returns:
+        f64 ``[n_stream, n_head, n_q, n_kv]``, without scale or mask.
+    """
+    q = np.asarray(q, dtype=np.float64)
+    cb = k.codebook
+    n_stream, n_head, n_q, D = _shape4(q, "q")
+    _, n_kv, n_head_kv, _ = _check_side(k, "k", n_stream, D=D)
+    out = np.zeros((n_stream, n_head, n_q, n_kv))
+    centroids = cb.centroids.astype(np.float64)
+    for s in range(n_stream):
+        idx = unpack(cb.spec, k.codes[s])
+        for h in range(n_head):
+            h_kv = h // (n_head // n_head_kv)
+            for i in range(n_q):
+                q_mapped = q[s, h, i] if cb.T_inv is None else cb.T_inv[h_kv] @ q[s, h, i]
+                lut = np.einsum("mcd,md->mc", centroids[h_kv], q_mapped.reshape(cb.M, cb.spec.dsub))
+                out[s, h, i] = lut[np.arange(cb.M), idx[:, h_kv]].sum(axis=-1) + q[s, h, i] @ cb.mu[h_kv].astype(np.float64)
+    return out
+
+
+# ---- checks ----
+
+
+def _check_rows(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.floating]:
+    x = np.asarray(x)
+    if x.ndim != 3 or x.shape[1:] != (cb.n_head_kv, cb.D):
+        raise MismatchError(f"rows are {list(x.shape)}, need [n, {cb.n_head_kv}, {cb.D}]")
+    return x
+
+
+def _check_codes(cb: Codebook, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    if codes.dtype != np.uint8 or codes.ndim != 3 or codes.shape[1:] != (cb.n_head_kv, cb.head_bytes):
+        raise MismatchError(f"codes are {codes.dtype} {list(codes.shape)}, need uint8 [n, {cb.n_head_kv}, {cb.head_bytes}]")
+    return codes
+
+
+def _shape4(a: npt.NDArray[np.generic], name: str) -> tuple[int, int, int, int]:
+    if a.ndim != 4:
+        raise MismatchError(f"{name} has {a.ndim} dimensions, need 4")
+    n0, n1, n2, n3 = a.shape
+    return n0, n1, n2, n3
+
+
+def _check_side(
+    side: Side, name: str, n_stream: int, *, D: int | None = None, n_kv: int | None = None, n_head_kv: int | None = None
+) -> tuple[int, int, int, int]:
+    """Shape ``(n_stream, n_kv, n_head_kv, D)`` of a side, with every given number required to match."""
+    if isinstance(side, Coded):
+        cb = side.codebook
+        found = _shape4(side.codes, name)
+        if side.codes.dtype != np.uint8 or found[2:] != (cb.n_head_kv, cb.head_bytes):
+            raise MismatchError(
+                f"{name}: codes are {side.codes.dtype} {list(found)}, need uint8 [*, *, {cb.n_head_kv}, {cb.head_bytes}]"
+            )
+        found = (*found[:3], cb.D)
+    else:
+        found = _shape4(side, name)
+    for what, have, want in zip(("n_stream", "n_kv", "n_head_kv", "D"), found, (n_stream, n_kv, n_head_kv, D), strict=True):
+        if want is not None and have != want:
+            raise MismatchError(f"{name}: found {what} {have}, need {want}")
+    return found
+
+
+def _rows(side: Side, stream: int) -> npt.NDArray[np.float64]:
+    """Rows of one stream, f64 ``[n_kv, n_head_kv, D]``."""
+    if isinstance(side, Coded):
+        return decode(side.codebook, side.codes[stream])
+    return np.asarray(side[stream], dtype=np.float64)

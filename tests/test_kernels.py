@@ -1,0 +1,422 @@
+"""The C++ kernels against the definition in ``pq_ref`` (float64), on every instruction set that the processor has.
+
+Codes are equal except where two centroids are equally near within f32 rounding; attention and decode stay within an NMSE
+of 1e-6 against float64 with the same f16 centroids.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import HEAD_SIZES, make_codebook, nmse, rows_for
+
+from million_gguf import container, native, pq_ref
+from million_gguf.errors import MismatchError, NativeError
+from million_gguf.pq_ref import Coded
+from million_gguf.spec import PQ_TYPES
+
+if (why := native.unavailable()) is not None:
+    if os.environ.get("MILLION_REQUIRE_NATIVE") == "1":
+        raise NativeError(f"MILLION_REQUIRE_NATIVE is set: {why}")
+    pytest.skip(why, allow_module_level=True)
+
+TYPES = list(PQ_TYPES)
+NMSE_LIMIT = 1e-6
+
+
+@pytest.fixture(params=native.SIMD_NAMES)
+def simd(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Forces one instruction set for the duration of a test."""
+    if not native.simd_set(request.param):
+        pytest.skip(f"this processor or build has no {request.param}")
+    assert native.simd_name() == request.param
+    yield request.param
+    native.simd_set("auto")
+
+
+def test_unknown_simd_is_refused() -> None:
+    before = native.simd_name()
+    assert not native.simd_set("mmx")
+    assert native.simd_name() == before
+
+
+# ---- encode ----
+
+
+def check_codes(cb: pq_ref.Codebook, x: np.ndarray, codes: np.ndarray) -> None:
+    """Every code names a centroid that is nearest within f32 rounding, and nearly all are those of the definition."""
+    found = pq_ref.unpack(cb.spec, codes)
+    want = pq_ref.encode_indices(cb, x)
+    differ = found != want
+    assert differ.mean() < 1e-3
+    y = pq_ref.transform(cb, x)
+    d = pq_ref.distances(cb, y)
+    n, h, m = np.nonzero(differ)
+    excess = d[n, h, m, found[n, h, m]] - d[n, h, m, want[n, h, m]]
+    # y itself is a sum of D products in f32: its error grows with the row, not with the distance.
+    size = (y.reshape(*found.shape, -1) ** 2).sum(-1) + (x.astype(np.float64) ** 2).sum(-1, keepdims=True)
+    assert (excess <= 1e-5 * size[n, h, m]).all()
+
+
+@functools.cache
+def encode_case(name: str, D: int, with_transform: bool, dtype: str) -> tuple[pq_ref.Codebook, np.ndarray]:
+    cb = make_codebook(name, D, 3, seed=D, with_transform=with_transform)
+    return cb, rows_for(cb, 37, seed=1).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("with_transform", [False, True])
+@pytest.mark.parametrize("D", HEAD_SIZES)
+@pytest.mark.parametrize("name", TYPES)
+def test_encode(simd: str, name: str, D: int, with_transform: bool, dtype: str) -> None:
+    cb, x = encode_case(name, D, with_transform, dtype)
+    check_codes(cb, x, native.encode(cb, x))
+
+
+@pytest.mark.parametrize("with_transform", [False, True])
+@pytest.mark.parametrize("D", [8, 24, 80, 256])
+@pytest.mark.parametrize("name", TYPES)
+def test_codes_are_the_same_on_every_instruction_set(name: str, D: int, with_transform: bool) -> None:
+    cb = make_codebook(name, D, 2, with_transform=with_transform)
+    x = rows_for(cb, 101)
+    codes = {}
+    for simd_name in native.SIMD_NAMES:
+        if native.simd_set(simd_name):
+            codes[simd_name] = native.encode(cb, x)
+    native.simd_set("auto")
+    assert "scalar" in codes
+    for found in codes.values():
+        assert np.array_equal(found, codes["scalar"])
+    assert np.array_equal(native.encode(cb, x, n_threads=1), native.encode(cb, x, n_threads=3))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_ties_go_to_the_lowest_code(simd: str, name: str) -> None:
+    s = PQ_TYPES[name]
+    centroids = np.full((1, s.n_subspaces(16), s.ksub, s.dsub), 9.0, dtype=np.float16)
+    for low, high in ((5, 40), (0, s.ksub - 1), (15, 16), (7, 8), (30, 31)):
+        c = centroids.copy()
+        c[:, :, [low, high]] = 1.0
+        cb = pq_ref.Codebook(s, np.zeros((1, 16), np.float32), None, c)
+        codes = native.encode(cb, np.ones((3, 1, 16), np.float32))
+        assert (pq_ref.unpack(s, codes) == low).all()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_encode_writes_its_cells_and_no_other(simd: str, name: str) -> None:
+    """Permuted cells, strided rows, and bytes around them that must stay."""
+    cb = make_codebook(name, 24, 2, with_transform=True)
+    wide = np.zeros((5, 2, 40), np.float32)
+    wide[:, :, :24] = rows_for(cb, 5)
+    x = wide[:, :, :24]
+    arena = np.full((9, 2 * cb.head_bytes + 5), 0xA5, np.uint8)
+    cells = np.lib.stride_tricks.as_strided(arena, (9, 2, cb.head_bytes), (arena.shape[1], cb.head_bytes, 1))
+    row_idx = np.array([7, 0, 3, 8, 2])
+    native.encode(cb, x, row_idx=row_idx, out=cells)
+    want = np.full_like(arena, 0xA5)
+    want[row_idx, : 2 * cb.head_bytes] = native.encode(cb, np.ascontiguousarray(x)).reshape(5, -1)
+    assert np.array_equal(arena, want)
+    check_codes(cb, x, cells[row_idx])
+
+
+# ---- decode ----
+
+
+@pytest.mark.parametrize("with_transform", [False, True])
+@pytest.mark.parametrize("D", HEAD_SIZES)
+@pytest.mark.parametrize("name", TYPES)
+def test_decode(simd: str, name: str, D: int, with_transform: bool) -> None:
+    cb, x = encode_case(name, D, with_transform, "float32")
+    codes = pq_ref.encode(cb, x)
+    found = native.decode(cb, codes)
+    assert nmse(found, pq_ref.decode(cb, codes)) < NMSE_LIMIT
+    assert np.array_equal(found, native.decode(cb, codes, n_threads=1))
+
+
+# ---- attention ----
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem; ``k`` and ``v`` are a PQ type, ``float16`` or ``float32``."""
+
+    k: str = "pq4"
+    v: str = "pq4"
+    D_k: int = 64
+    D_v: int = 64
+    n_head_kv: int = 2
+    gqa: int = 1
+    n_q: int = 1
+    n_kv: int = 97
+    n_stream: int = 1
+    transform: bool = False
+    mask: str = ""  # "", "causal", "holes", "all" (nothing visible), "some" (some queries see nothing), "heads", "streams"
+    sinks: bool = False
+    max_bias: float = 0.0
+    softcap: float = 0.0
+    sharp: bool = False  # scores so far apart that one cell takes all
+
+
+@functools.cache
+def build(case: Case) -> tuple[tuple[Any, Any, Any], dict[str, Any], np.ndarray]:
+    """(q, k, v), keyword arguments, and the reference."""
+    rng = np.random.default_rng(11)
+    n_head = case.n_head_kv * case.gqa
+
+    def side(kind: str, D: int, seed: int) -> Any:
+        shape = (case.n_stream, case.n_kv, case.n_head_kv)
+        if kind not in PQ_TYPES:
+            return rng.standard_normal((*shape, D)).astype(kind)
+        cb = make_codebook(kind, D, case.n_head_kv, seed, case.transform)
+        # Random codes and not encoded rows: every code occurs, and the cells stand in no order.
+        idx = rng.integers(0, cb.spec.ksub, (*shape, cb.M), dtype=np.uint8)
+        return Coded(pq_ref.pack(cb.spec, idx), cb)
+
+    k, v = side(case.k, case.D_k, 1), side(case.v, case.D_v, 2)
+    q = rng.standard_normal((case.n_stream, n_head, case.n_q, case.D_k)).astype(np.float32) * (20.0 if case.sharp else 1.0)
+    q = q.astype(np.float32)
+    mask = None
+    if case.mask:
+        shape = (
+            case.n_stream if case.mask == "streams" else 1,
+            n_head if case.mask == "heads" else 1,
+            case.n_q,
+            case.n_kv,
+        )
+        mask = -rng.integers(0, 40, shape).astype(np.float16) / np.float16(4)
+        if case.mask == "causal":
+            mask[..., np.arange(case.n_kv) > np.arange(case.n_q)[:, None] + case.n_kv - case.n_q] = -np.inf
+        elif case.mask == "all":
+            mask[:] = -np.inf
+        else:
+            mask[rng.random(shape) < 0.5] = -np.inf
+        if case.mask == "some":
+            mask[:, :, ::2] = -np.inf
+    kwargs: dict[str, Any] = {
+        "scale": float(np.float32(case.D_k**-0.5)),
+        "mask": mask,
+        "sinks": rng.standard_normal(n_head).astype(np.float32) if case.sinks else None,
+        "max_bias": case.max_bias,
+        "logit_softcap": case.softcap,
+    }
+    return (q, k, v), kwargs, pq_ref.attention(q, k, v, **kwargs)
+
+
+def check(case: Case) -> None:
+    args, kwargs, want = build(case)
+    found = native.attention(*args, **kwargs)
+    assert np.isfinite(found).all()
+    # Scores of hundreds carry an f32 rounding of 1e-5 into the exponent.
+    assert nmse(found, want) < NMSE_LIMIT
+    assert np.array_equal(found, native.attention(*args, **kwargs, n_threads=1)), "depends on the number of threads"
+
+
+@pytest.mark.parametrize("n_q", [1, 3, 65])
+@pytest.mark.parametrize("n_kv", [1, 31, 97, 257])
+@pytest.mark.parametrize("gqa", [1, 8])
+@pytest.mark.parametrize("name", TYPES)
+def test_attention_shapes(simd: str, name: str, gqa: int, n_kv: int, n_q: int) -> None:
+    check(Case(k=name, v=name, gqa=gqa, n_kv=n_kv, n_q=n_q))
+
+
+@pytest.mark.parametrize("gqa", [1, 8])
+@pytest.mark.parametrize("with_transform", [False, True])
+@pytest.mark.parametrize("D", HEAD_SIZES)
+@pytest.mark.parametrize("name", TYPES)
+def test_attention_head_sizes(simd: str, name: str, D: int, with_transform: bool, gqa: int) -> None:
+    check(Case(k=name, v=name, D_k=D, D_v=D, gqa=gqa, n_q=3, transform=with_transform, mask="holes"))
+
+
+FEATURES = {
+    "causal": Case(n_q=65, n_kv=97, mask="causal"),
+    "holes": Case(n_q=3, mask="holes"),
+    "nothing visible": Case(n_q=3, mask="all"),
+    "nothing visible but a sink": Case(n_q=3, mask="all", sinks=True),
+    "some queries see nothing": Case(n_q=65, mask="some"),
+    "mask per head": Case(n_q=3, gqa=8, mask="heads"),
+    "mask per stream": Case(n_q=3, n_stream=3, mask="streams"),
+    "one mask for all streams": Case(n_q=3, n_stream=3, gqa=8, mask="holes"),
+    "streams": Case(n_stream=4, n_kv=31, n_q=3),
+    "sinks": Case(sinks=True, gqa=8),
+    "sinks on one cell": Case(sinks=True, n_kv=1, n_q=3),
+    "alibi": Case(max_bias=8.0, gqa=8, n_q=3, mask="causal"),
+    "alibi, 12 heads": Case(max_bias=8.0, n_head_kv=3, gqa=4, n_q=3, mask="causal"),
+    "softcap": Case(softcap=5.0, gqa=8, n_q=3),
+    "sharp": Case(sharp=True, softcap=30.0, n_q=3),
+    "long": Case(n_kv=5000, gqa=8),
+    "long and masked": Case(n_kv=5000, gqa=8, n_q=3, mask="holes", sinks=True),
+    "everything": Case(n_stream=2, gqa=8, n_q=65, n_kv=257, mask="some", sinks=True, max_bias=8.0, softcap=20.0, transform=True),
+    "GQA 3": Case(n_head_kv=2, gqa=3, n_q=3),
+    "GQA 16": Case(n_head_kv=1, gqa=16, n_q=3),
+    "unequal head sizes": Case(D_k=192, D_v=128, n_q=3, gqa=8, transform=True),
+    "smallest head": Case(D_k=8, D_v=8, n_q=3),
+    "plain K f16": Case(k="float16", n_q=3, gqa=8, mask="holes"),
+    "plain V f16": Case(v="float16", n_q=3, gqa=8, mask="holes", transform=True),
+    "plain K f32": Case(k="float32", n_q=65),
+    "plain V f32": Case(v="float32", n_q=65, transform=True),
+    "plain V of 20 elements": Case(v="float16", D_v=20, n_q=3),
+    "pq4 K, pq2 V": Case(v="pq2", n_q=3, gqa=8, transform=True),
+    "pq2 K, pq3 V": Case(k="pq2", v="pq3", n_q=3, gqa=8, transform=True),
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("name", TYPES)
+def test_attention_features(simd: str, feature: str, name: str) -> None:
+    case = FEATURES[feature]
+    check(replace(case, k=name if case.k == "pq4" else case.k, v=name if case.v == "pq4" else case.v))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_attention_does_not_depend_on_the_order_of_cells(simd: str, name: str) -> None:
+    (q, k, v), kwargs, want = build(Case(k=name, v=name, gqa=8, n_q=3, n_kv=257, mask="holes"))
+    p = np.random.default_rng(0).permutation(257)
+    k, v = Coded(k.codes[:, p], k.codebook), Coded(v.codes[:, p], v.codebook)
+    kwargs = {**kwargs, "mask": np.ascontiguousarray(kwargs["mask"][..., p])}
+    assert nmse(native.attention(q, k, v, **kwargs), want) < NMSE_LIMIT
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_attention_reads_strided_arrays(simd: str, name: str) -> None:
+    """Views into larger buffers, q in ggml's token-major order, as a cache hands them out."""
+    (q, k, v), kwargs, want = build(Case(k=name, v=name, gqa=8, n_q=3, n_kv=97, n_stream=2, mask="holes"))
+    q = np.ascontiguousarray(q.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    sides = []
+    for side in (k, v):
+        big = np.full((2, 128, side.codes.shape[2] + 1, side.codes.shape[3]), 0xFF, np.uint8)
+        big[:, :97, :-1] = side.codes
+        sides.append(Coded(big[:, :97, :-1], side.codebook))
+    mask = np.full((1, 1, 8, 128), np.nan, np.float16)
+    mask[:, :, :3, :97] = kwargs["mask"]
+    found = native.attention(q, *sides, **{**kwargs, "mask": mask[:, :, :3, :97]})
+    assert nmse(found, want) < NMSE_LIMIT
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_excluded_cells_may_hold_anything(simd: str, name: str) -> None:
+    (q, k, _), kwargs, _ = build(Case(k=name, v="float16", gqa=8, n_q=3, mask="holes"))
+    v = np.random.default_rng(1).standard_normal((1, 97, 2, 64)).astype(np.float16)
+    mask = kwargs["mask"].copy()
+    mask[..., 40] = -np.inf
+    want = pq_ref.attention(q, k, v, **{**kwargs, "mask": mask})
+    v[:, 40] = np.nan
+    assert nmse(native.attention(q, k, v, **{**kwargs, "mask": mask}), want) < NMSE_LIMIT
+
+
+# ---- k-means ----
+
+
+@pytest.mark.parametrize(("dsub", "ksub"), [(2, 256), (2, 64), (4, 256), (2, 16)])
+@pytest.mark.parametrize("n", [1, 7, 1000])
+def test_kmeans_assign(simd: str, dsub: int, ksub: int, n: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, n, dsub)).astype(np.float32)
+    c = rng.standard_normal((3, ksub, dsub)).astype(np.float32)
+    c[:, ksub // 2] = c[:, 3]  # a tie
+    codes = np.empty((3, n), np.uint8)
+    sums, counts, sse = native.kmeans_assign(x, c, codes=codes)
+    d = ((x[:, :, None].astype(np.float64) - c[:, None]) ** 2).sum(-1)
+    want = d.argmin(-1)
+    p, i = np.nonzero(codes != want)
+    assert (d[p, i, codes[p, i]] - d[p, i, want[p, i]] < 1e-6).all()
+    assert not (codes == ksub // 2).any()
+    one_hot = np.eye(ksub)[codes]
+    assert np.array_equal(counts, one_hot.sum(1))
+    assert np.allclose(sums, np.einsum("pnk,pnd->pkd", one_hot, x), rtol=1e-12, atol=1e-12)
+    assert np.allclose(sse, d.min(-1).sum(-1), rtol=1e-5)
+    again = native.kmeans_assign(x, c, n_threads=1)
+    assert all(np.array_equal(a, b) for a, b in zip((sums, counts, sse), again, strict=True))
+
+
+# ---- codebooks in native code ----
+
+
+def damaged(blob: bytes, at: int, value: int) -> bytes:
+    return blob[:at] + bytes([blob[at] ^ value]) + blob[at + 1 :]
+
+
+def test_the_native_parser_refuses_what_python_refuses() -> None:
+    """Every header byte, a payload byte, and both ends: refused by both parsers."""
+    cb = make_codebook("pq3", 16, 2, with_transform=True)
+    blob = container.codebook_to_blob(cb)
+    native.build_blob(blob, cb)
+    for bad in [b"", blob[:31], blob[:32], blob[:-1], blob + b"\0"] + [damaged(blob, i, 1) for i in range(33)]:
+        with pytest.raises((container.FormatError, MismatchError)):
+            container.blob_to_codebook(bad, cb.spec)
+        with pytest.raises(NativeError, match=r"\w{3}"):
+            native.build_blob(bad, cb)
+
+
+def test_missing_library_says_where_it_looked(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("MILLION_PQ_LIB", str(tmp_path / "none.so"))
+    with pytest.raises(NativeError, match="none.so, need the native library.*MILLION_PQ_LIB"):
+        native.load.__wrapped__()
+    (tmp_path / "none.so").write_bytes(b"not a library")
+    with pytest.raises(NativeError, match="cannot load the native library"):
+        native.load.__wrapped__()
+
+
+def test_bad_arguments_never_reach_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    cb = make_codebook("pq4", 16, 2)
+    x = rows_for(cb, 5)
+    codes = native.encode(cb, x)
+    side = Coded(codes[None], cb)
+    q = np.zeros((1, 4, 2, 16), np.float32)
+    f16 = np.zeros((1, 5, 2, 16), np.float16)
+    mask = np.zeros((1, 1, 2, 5), np.float16)
+    c = np.zeros((2, 16, 2), np.float32)
+    i64 = np.arange(5)
+
+    def forbidden() -> None:
+        raise AssertionError("native code was reached")
+
+    monkeypatch.setattr(native, "load", forbidden)
+    bad = [
+        lambda: native.encode(cb, x.astype(np.float64)),
+        lambda: native.encode(cb, x[:, :1]),
+        lambda: native.encode(cb, x[:, :, :8]),
+        lambda: native.encode(cb, x[:, :, ::-1]),
+        lambda: native.encode(cb, x, row_idx=i64),
+        lambda: native.encode(cb, x, out=codes[:4].copy()),
+        lambda: native.encode(cb, x, out=codes.astype(np.int8)),
+        lambda: native.encode(cb, x, row_idx=i64 + 1, out=codes),
+        lambda: native.encode(cb, x, row_idx=i64 - 1, out=codes),
+        lambda: native.encode(cb, x, row_idx=i64 * 0, out=codes),
+        lambda: native.encode(cb, x, row_idx=i64.astype(np.int32), out=codes),
+        lambda: native.decode(cb, codes[:, :, :4]),
+        lambda: native.decode(cb, codes[:, :1]),
+        lambda: native.decode(cb, codes[0]),
+        lambda: native.decode(cb, codes.astype(np.int16)),
+        lambda: native.attention(q.astype(np.float64), side, side, scale=1.0),
+        lambda: native.attention(q[0], side, side, scale=1.0),
+        lambda: native.attention(q[..., :8], side, side, scale=1.0),
+        lambda: native.attention(q[:, :3], side, side, scale=1.0),
+        lambda: native.attention(q, f16, f16, scale=1.0),
+        lambda: native.attention(q, side, f16[:, :4], scale=1.0),
+        lambda: native.attention(q, side, f16.astype(np.float64), scale=1.0),
+        lambda: native.attention(q, side, np.zeros((1, 5, 2, 512), np.float16), scale=1.0),
+        lambda: native.attention(q, Coded(codes[None, :0], cb), Coded(codes[None, :0], cb), scale=1.0),
+        lambda: native.attention(q, side, side, scale=1.0, mask=mask[..., :4]),
+        lambda: native.attention(q, side, side, scale=1.0, mask=mask[:0]),
+        lambda: native.attention(q, side, side, scale=1.0, mask=mask.astype(np.float32)),
+        lambda: native.attention(q, side, side, scale=1.0, sinks=np.zeros(3, np.float32)),
+        lambda: native.attention(q, side, side, scale=1.0, sinks=np.zeros(4)),
+        lambda: native.kmeans_assign(np.zeros((2, 5, 3), np.float32), c),
+        lambda: native.kmeans_assign(np.zeros((2, 5, 2)), c),
+        lambda: native.kmeans_assign(np.zeros((3, 5, 2), np.float32), c),
+        lambda: native.kmeans_assign(np.zeros((2, 5, 2), np.float32), np.zeros((2, 300, 2), np.float32)),
+        lambda: native.kmeans_assign(np.zeros((2, 10, 2), np.float32)[:, ::2], c),
+        lambda: native.kmeans_assign(np.zeros((2, 5, 2), np.float32), c, codes=np.zeros((2, 4), np.uint8)),
+    ]
+    for i, f in enumerate(bad):
+        try:
+            f()
+        except MismatchError:
+            continue
+        pytest.fail(f"case {i} was accepted")

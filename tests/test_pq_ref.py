@@ -1,0 +1,237 @@
+"""Self-checks of the definition: it must agree with plain dense attention and with itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import HEAD_SIZES, make_codebook, rows_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from million_gguf import pq_ref
+from million_gguf.errors import MismatchError
+from million_gguf.pq_ref import Codebook, Coded
+from million_gguf.spec import PQ_TYPES
+
+TYPES = list(PQ_TYPES)
+
+
+# ---- bit string ----
+
+
+@given(name=st.sampled_from(TYPES), blocks=st.integers(1, 32), rows=st.integers(0, 3), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_pack_round_trip(name: str, blocks: int, rows: int, seed: int) -> None:
+    s = PQ_TYPES[name]
+    D = 8 * blocks
+    idx = np.random.default_rng(seed).integers(0, s.ksub, (rows, s.n_subspaces(D)), dtype=np.uint8)
+    codes = pq_ref.pack(s, idx)
+    assert codes.dtype == np.uint8
+    assert codes.shape == (rows, s.head_bytes(D))
+    assert np.array_equal(pq_ref.unpack(s, codes), idx)
+
+
+@given(codes=st.lists(st.integers(0, 63), min_size=4, max_size=64).filter(lambda c: len(c) % 4 == 0))
+@settings(max_examples=60, deadline=None)
+def test_pq3_is_a_little_endian_bit_string(codes: list[int]) -> None:
+    """Held against Python's integers: the string read as one little-endian number has code m at bit 6m."""
+    packed = pq_ref.pack(PQ_TYPES["pq3"], np.array(codes))
+    assert int.from_bytes(packed.tobytes(), "little") == sum(c << (6 * m) for m, c in enumerate(codes))
+
+
+def test_pq3_known_bytes() -> None:
+    """Worked by hand from pq-layout.h: w = c0 | c1<<6 | c2<<12 | c3<<18, bytes w, w>>8, w>>16."""
+    assert pq_ref.pack(PQ_TYPES["pq3"], np.array([1, 2, 3, 63])).tolist() == [0x81, 0x30, 0xFC]
+
+
+def test_pack_refuses() -> None:
+    with pytest.raises(MismatchError, match="need 0..63"):
+        pq_ref.pack(PQ_TYPES["pq3"], np.array([0, 1, 2, 64]))
+    with pytest.raises(MismatchError, match="whole bytes"):
+        pq_ref.pack(PQ_TYPES["pq3"], np.array([0, 1, 2]))
+    with pytest.raises(MismatchError, match="whole codes"):
+        pq_ref.unpack(PQ_TYPES["pq3"], np.zeros((1, 4), dtype=np.uint8))
+
+
+# ---- encode and decode ----
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("D", HEAD_SIZES)
+def test_centroids_encode_to_themselves(name: str, D: int) -> None:
+    """With the identity, code c of every subspace decodes to a row that encodes to c (or to an equal centroid below it)."""
+    cb = make_codebook(name, D, 2)
+    cb = Codebook(cb.spec, np.zeros_like(cb.mu), None, cb.centroids)
+    idx = np.broadcast_to(np.arange(cb.spec.ksub, dtype=np.uint8)[:, None, None], (cb.spec.ksub, 2, cb.M))
+    x = pq_ref.decode(cb, pq_ref.pack(cb.spec, idx))
+    again = pq_ref.encode_indices(cb, x)
+    h, m = np.arange(2)[:, None], np.arange(cb.M)[None, :]
+    assert np.array_equal(cb.centroids[h, m, again], cb.centroids[h, m, idx])
+    assert (again <= idx).all()
+    assert (again == idx).mean() > 0.99
+
+
+def test_decode_encode_with_transform_is_stable() -> None:
+    cb = make_codebook("pq4", 64, 2, with_transform=True)
+    codes = pq_ref.encode(cb, rows_for(cb, 50))
+    assert np.array_equal(pq_ref.encode(cb, pq_ref.decode(cb, codes)), codes)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_ties_go_to_the_lowest_code(name: str) -> None:
+    s = PQ_TYPES[name]
+    D = 16
+    centroids = np.full((1, s.n_subspaces(D), s.ksub, s.dsub), 9.0, dtype=np.float16)
+    centroids[:, :, [5, 40], :] = 1.0  # two equal centroids
+    centroids[:, :, 7, :] = -1.0  # as far from 0 as those two
+    cb = Codebook(s, np.zeros((1, D), np.float32), None, centroids)
+    assert (pq_ref.encode_indices(cb, np.ones((1, 1, D))) == 5).all()
+    assert (pq_ref.encode_indices(cb, np.zeros((1, 1, D))) == 5).all()
+    assert (pq_ref.encode_indices(cb, np.full((1, 1, D), -1.0)) == 7).all()
+
+
+@pytest.mark.parametrize("with_transform", [False, True])
+def test_encode_is_the_nearest_of_all(with_transform: bool) -> None:
+    """Against a search that is spelled out, one vector at a time."""
+    cb = make_codebook("pq2", 16, 2, with_transform=with_transform)
+    x = rows_for(cb, 5)
+    found = pq_ref.encode_indices(cb, x)
+    for n in range(5):
+        for h in range(2):
+            y = x[n, h].astype(np.float64) - cb.mu[h]
+            if cb.T is not None:
+                y = y @ cb.T[h].astype(np.float64)
+            for m in range(cb.M):
+                d = [float(((y[4 * m : 4 * m + 4] - c) ** 2).sum()) for c in cb.centroids[h, m].astype(np.float64)]
+                assert found[n, h, m] == d.index(min(d))
+
+
+def test_decode_undoes_the_transform() -> None:
+    """A codebook that holds a row exactly gives it back, through T and mu."""
+    cb = make_codebook("pq4", 32, 1, with_transform=True)
+    codes = np.arange(cb.M, dtype=np.uint8).reshape(1, 1, cb.M)
+    y = pq_ref.transform(cb, pq_ref.decode(cb, codes))
+    assert np.allclose(y[0, 0].reshape(cb.M, 2), cb.centroids[0, np.arange(cb.M), np.arange(cb.M)], atol=1e-9)
+
+
+def test_long_input_is_chunked_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    cb = make_codebook("pq3", 16, 2)
+    x = rows_for(cb, 100)
+    whole = pq_ref.encode(cb, x)
+    monkeypatch.setattr(pq_ref, "_CHUNK_ELEMS", 7 * cb.n_head_kv * cb.M * cb.spec.ksub)
+    assert np.array_equal(pq_ref.encode(cb, x), whole)
+
+
+# ---- attention ----
+
+
+def dense(q, k, v, scale, mask, slopes, softcap, sinks):  # type: ignore[no-untyped-def]
+    """Attention as in a textbook, one query and head at a time."""
+    n_stream, n_head, n_q, _ = q.shape
+    out = np.zeros((n_stream, n_q, n_head, v.shape[3]))
+    for s in range(n_stream):
+        for h in range(n_head):
+            h_kv = h // (n_head // k.shape[2])
+            for i in range(n_q):
+                score = scale * (k[s, :, h_kv] @ q[s, h, i])
+                if softcap:
+                    score = softcap * np.tanh(score / softcap)
+                if mask is not None:
+                    score = score + slopes[h] * mask[s % mask.shape[0], h % mask.shape[1], i].astype(np.float64)
+                extra = [] if sinks is None else [sinks[h]]
+                e = np.exp(np.concatenate([score, extra]))
+                if e.sum() > 0:
+                    out[s, i, h] = e[: len(score)] @ v[s, :, h_kv] / e.sum()
+    return out
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("with_transform", [False, True])
+@pytest.mark.parametrize("case", ["plain", "mask", "alibi", "softcap", "sinks", "all"])
+def test_attention_equals_dense_attention_on_decoded_rows(name: str, with_transform: bool, case: str) -> None:
+    rng = np.random.default_rng(3)
+    n_stream, n_head, n_head_kv, n_q, n_kv, D = 2, 6, 2, 3, 31, 16
+    kb = make_codebook(name, D, n_head_kv, seed=1, with_transform=with_transform)
+    vb = make_codebook(name, D, n_head_kv, seed=2, with_transform=with_transform)
+    kc = pq_ref.encode(kb, rows_for(kb, n_stream * n_kv)).reshape(n_stream, n_kv, n_head_kv, -1)
+    vc = pq_ref.encode(vb, rows_for(vb, n_stream * n_kv, 1)).reshape(n_stream, n_kv, n_head_kv, -1)
+    q = rng.standard_normal((n_stream, n_head, n_q, D))
+    mask = None
+    if case in ("mask", "alibi", "all"):
+        mask = np.where(rng.random((n_stream, 1, n_q, n_kv)) < 0.4, -np.inf, -rng.integers(0, 9, (n_stream, 1, n_q, n_kv)))
+        mask = mask.astype(np.float16)
+        mask[0, 0, 1] = -np.inf  # a query that sees nothing
+    max_bias = 8.0 if case in ("alibi", "all") else 0.0
+    softcap = 5.0 if case in ("softcap", "all") else 0.0
+    sinks = rng.standard_normal(n_head) if case in ("sinks", "all") else None
+    found = pq_ref.attention(
+        q, Coded(kc, kb), Coded(vc, vb), scale=0.2, mask=mask, sinks=sinks, max_bias=max_bias, logit_softcap=softcap
+    )
+    k = np.stack([pq_ref.decode(kb, kc[s]) for s in range(n_stream)])
+    v = np.stack([pq_ref.decode(vb, vc[s]) for s in range(n_stream)])
+    want = dense(q, k, v, 0.2, mask, pq_ref.alibi_slopes(n_head, max_bias), softcap, sinks)
+    assert np.allclose(found, want, rtol=1e-10, atol=1e-12)
+    # Plain rows on either side must not change the meaning.
+    mixed = pq_ref.attention(q, k, Coded(vc, vb), scale=0.2, mask=mask, sinks=sinks, max_bias=max_bias, logit_softcap=softcap)
+    assert np.allclose(mixed, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("with_transform", [False, True])
+def test_lut_scores_equal_dense_scores(name: str, with_transform: bool) -> None:
+    cb = make_codebook(name, 64, 2, with_transform=with_transform)
+    codes = pq_ref.encode(cb, rows_for(cb, 17))[None]
+    q = np.random.default_rng(5).standard_normal((1, 4, 2, 64))
+    want = np.einsum("hqd,nhd->hqn", q[0], np.repeat(pq_ref.decode(cb, codes[0]), 2, axis=1))
+    assert np.allclose(pq_ref.lut_scores(q, Coded(codes, cb))[0], want, rtol=1e-9, atol=1e-9)
+
+
+def test_alibi_slopes_of_a_power_of_two_are_those_of_the_paper() -> None:
+    """Press et al. 2022: 8 heads have slopes 1/2, 1/4, ... 1/256; more heads take odd steps of the finer series."""
+    assert np.allclose(pq_ref.alibi_slopes(8, 8.0), 0.5 ** np.arange(1, 9))
+    assert np.allclose(pq_ref.alibi_slopes(12, 8.0)[8:], 0.5 ** np.array([0.5, 1.5, 2.5, 3.5]))
+    assert (pq_ref.alibi_slopes(5, 0.0) == 1.0).all()
+
+
+def test_excluded_cells_may_hold_anything() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(s) for s in ((1, 2, 1, 8), (1, 4, 2, 8), (1, 4, 2, 8)))
+    mask = np.zeros((1, 1, 1, 4), np.float16)
+    mask[..., 2] = -np.inf
+    want = pq_ref.attention(q, np.delete(k, 2, 1), np.delete(v, 2, 1), scale=1.0)
+    k[:, 2], v[:, 2] = np.nan, np.inf
+    assert np.allclose(pq_ref.attention(q, k, v, scale=1.0, mask=mask), want)
+
+
+def test_no_visible_cell_gives_zeros_even_with_a_sink() -> None:
+    q, k = np.ones((1, 1, 2, 8)), np.ones((1, 3, 1, 8))
+    mask = np.full((1, 1, 2, 3), -np.inf, np.float16)
+    for sinks in (None, np.array([1.5])):
+        assert (pq_ref.attention(q, k, k, scale=1.0, mask=mask, sinks=sinks) == 0.0).all()
+
+
+def test_wrong_shapes_are_refused() -> None:
+    cb = make_codebook("pq4", 16, 2)
+    codes = np.zeros((1, 5, 2, 8), np.uint8)
+    q = np.zeros((1, 4, 1, 16))
+    side = Coded(codes, cb)
+    bad = [
+        lambda: pq_ref.encode(cb, np.zeros((3, 2, 15))),
+        lambda: pq_ref.encode(cb, np.zeros((3, 16))),
+        lambda: pq_ref.decode(cb, np.zeros((3, 2, 9), np.uint8)),
+        lambda: pq_ref.decode(cb, np.zeros((3, 2, 8), np.int8)),
+        lambda: pq_ref.attention(q[..., :8], side, side, scale=1.0),
+        lambda: pq_ref.attention(q[:, :3], side, side, scale=1.0),
+        lambda: pq_ref.attention(q, side, Coded(codes[:, :4], cb), scale=1.0),
+        lambda: pq_ref.attention(np.zeros((2, 4, 1, 16)), side, side, scale=1.0),
+        lambda: pq_ref.attention(q, side, side, scale=1.0, mask=np.zeros((1, 1, 1, 6))),
+        lambda: pq_ref.attention(q, side, side, scale=1.0, sinks=np.zeros(3)),
+        lambda: Codebook(cb.spec, cb.mu, None, cb.centroids[:, :3]),
+        lambda: Codebook(cb.spec, cb.mu.astype(np.float64), None, cb.centroids),
+        lambda: Codebook(cb.spec, cb.mu, np.zeros((1, 16, 16), np.float16), cb.centroids),
+        lambda: Codebook(cb.spec, cb.mu[0], None, cb.centroids),
+    ]
+    for i, f in enumerate(bad):
+        with pytest.raises(MismatchError):
+            f()
+            pytest.fail(f"case {i} was accepted")
