@@ -22,12 +22,13 @@ class Interrupt:
 
     Attributes:
         requested: a signal came.
+        received: which one.
         callback: a ``ggml_abort_callback`` that returns ``requested``; keep this object alive while llama.cpp has it.
     """
 
     def __init__(self, *signals: int) -> None:
         self.requested = False
-        self._received: int | None = None
+        self.received: int | None = None
         self._signals = signals or (signal.SIGINT, signal.SIGTERM)
         self._previous: dict[int, Any] = {}
         self.callback = native.llama_cpp().ggml_abort_callback(lambda _: self.requested)
@@ -49,7 +50,7 @@ class Interrupt:
         if self.requested:
             self._raise(number)
         self.requested = True
-        self._received = number
+        self.received = number
 
     @staticmethod
     def _raise(number: int | None) -> None:
@@ -60,4 +61,4 @@ class Interrupt:
     def check(self) -> None:
         """Raises KeyboardInterrupt (SystemExit for SIGTERM) when a signal came."""
         if self.requested:
-            self._raise(self._received)
+            self._raise(self.received)

@@ -27,6 +27,7 @@ _EMPTY_PHRASES = (
 )
 
 _collectors: list[Collected] = []
+_interrupts: list[BaseException] = []  # raised by a signal handler while our callback ran, where ctypes would drop them
 _installed: Any = None  # the ctypes callback: the library holds only a bare pointer to it
 
 
@@ -60,13 +61,20 @@ class Collected:
 
 @contextlib.contextmanager
 def collect(*, echo: bool = True) -> Iterator[Collected]:
-    """Gather what llama.cpp logs while the block runs. Without ``echo`` it does not reach stderr."""
+    """Gather what llama.cpp logs while the block runs. Without ``echo`` it does not reach stderr.
+
+    A KeyboardInterrupt that came while llama.cpp was logging is raised when the block ends.
+    """
     collected = Collected(echo)
     _collectors.append(collected)
     try:
         yield collected
     finally:
         _collectors.remove(collected)
+        if _interrupts:
+            interrupt = _interrupts.pop(0)
+            _interrupts.clear()
+            raise interrupt
 
 
 def install(llama_cpp: ModuleType) -> None:
@@ -84,15 +92,18 @@ def install(llama_cpp: ModuleType) -> None:
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def on_log(level: int, text: bytes | None, user_data: Any) -> None:
         nonlocal shown
-        message = (text or b"").decode("utf-8", "replace")
-        if level != _CONT:
-            shown = logger.level == logging.DEBUG or level == _ERROR
-        echo = shown
-        for collected in list(_collectors):
-            collected.add(level, message)
-            echo = echo and collected.echo
-        if echo:
-            print(message, end="", flush=True, file=sys.stderr)
+        try:
+            message = (text or b"").decode("utf-8", "replace")
+            if level != _CONT:
+                shown = logger.level == logging.DEBUG or level == _ERROR
+            echo = shown
+            for collected in list(_collectors):
+                collected.add(level, message)
+                echo = echo and collected.echo
+            if echo:
+                print(message, end="", flush=True, file=sys.stderr)
+        except (KeyboardInterrupt, SystemExit) as e:
+            _interrupts.append(e)
 
     _installed = on_log
     llama_cpp.llama_log_set(on_log, ctypes.c_void_p(0))

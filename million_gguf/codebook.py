@@ -95,14 +95,18 @@ def train_side(
     n, n_head_kv, D = rows.shape
     M = spec.n_subspaces(D)
     if n < spec.ksub:
-        raise InputError(f"found {n} rows, need at least {spec.ksub} (ksub of {spec.name}): use a longer calibration text")
+        raise InputError(
+            f"found {n} rows, need at least {spec.ksub} (ksub of {spec.name}): use a longer calibration text"
+        )
     T16: npt.NDArray[np.float16] | None = None
     if T is not None:
         wide = np.asarray(T, dtype=np.float64)
         if wide.shape != (n_head_kv, D, D):
             raise MismatchError(f"T is {list(wide.shape)}, need [{n_head_kv}, {D}, {D}]")
         if not (np.isfinite(wide).all() and np.abs(wide).max() <= _F16_MAX):
-            raise InputError(f"found a transform with values beyond f16 (at most {_F16_MAX:g}), need smaller ones: scale it")
+            raise InputError(
+                f"found a transform with values beyond f16 (at most {_F16_MAX:g}), need smaller ones: scale it"
+            )
         T16 = wide.astype(np.float16)
 
     mu = np.empty((n_head_kv, D), dtype=np.float32)
@@ -186,7 +190,9 @@ def _solve(
     """Centroids f32 ``[P, ksub, dsub]`` of the problems x ``[P, n, dsub]``."""
     n = x.shape[1]
     sizes = (min(n, max(8192, 32 * ksub)), min(n, max(16384, 64 * ksub)), n)
-    points = points_on(np.take(x, rng.permutation(n), axis=1), n_threads)  # a subsample is a prefix of the shuffled points
+    points = points_on(
+        np.take(x, rng.permutation(n), axis=1), n_threads
+    )  # a subsample is a prefix of the shuffled points
     c = _seed(points, ksub, sizes[1], rng)
     for r in _SCHEDULE:
         m = sizes[r.size]
@@ -321,7 +327,7 @@ class _CpuPoints:
     """Passes by the native kernels, or by NumPy where the library is missing."""
 
     def __init__(self, x: F32, n_threads: int):
-        self.shape = x.shape  # type: ignore[assignment]
+        self.shape = x.shape
         self._x = x
         self._n_threads = n_threads
         self._native = native.unavailable() is None
@@ -416,7 +422,7 @@ class _TorchPoints:
     def __init__(self, x: F32, device: str, temp_elems: int):
         import torch
 
-        self.shape = x.shape  # type: ignore[assignment]
+        self.shape = x.shape
         self._torch = torch
         self._device = device
         self._temp_elems = temp_elems

@@ -40,7 +40,9 @@ PREFIX = "million."
 
 _BLOB_MAGIC = b"MPQB"
 _BLOB_VERSION = 1
-_BLOB_HEADER = struct.Struct("<4sI6HIII")  # magic, version, D, n_head_kv, M, dsub, nbits, flags, payload bytes, crc32, 0
+_BLOB_HEADER = struct.Struct(
+    "<4sI6HIII"
+)  # magic, version, D, n_head_kv, M, dsub, nbits, flags, payload bytes, crc32, 0
 _BLOB_TRANSFORM = 1  # flag: a transform is stored
 _RECALIBRATE = "calibrate again with 'million calibrate'"
 
@@ -127,7 +129,9 @@ class GGUFHeader:
         with _io_errors(self.path, "read"), open(self.path, "rb") as f:
             self.size = os.fstat(f.fileno()).st_size
             if self.size < 24:
-                raise FormatError(f"{self.path}: found {self.size} bytes, need a GGUF header of at least 24: not a GGUF file")
+                raise FormatError(
+                    f"{self.path}: found {self.size} bytes, need a GGUF header of at least 24: not a GGUF file"
+                )
             self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self._parse()
@@ -276,7 +280,9 @@ class GGUFHeader:
         for name, dims, type_, offset in raw:
             n_bytes = _tensor_bytes(dims, type_)
             if offset % self.alignment or self.data_offset + offset + (n_bytes or 0) > self.size:
-                raise self._fail(f"tensor {name} lies at {offset} with {n_bytes} bytes, outside of {self.size} or not aligned")
+                raise self._fail(
+                    f"tensor {name} lies at {offset} with {n_bytes} bytes, outside of {self.size} or not aligned"
+                )
             if name in self.tensors:
                 raise self._fail(f"tensor {name} is there twice")
             self.tensors[name] = TensorInfo(name, dims, type_, self.data_offset + offset, n_bytes)
@@ -291,7 +297,9 @@ def _header(model: Model) -> Iterator[GGUFHeader]:
     if isinstance(model, GGUFHeader):
         yield model
         return
-    path = model.data.filename if isinstance(model, GGUFReader) else model  # type: ignore[attr-defined]
+    path = model.data.filename if isinstance(model, GGUFReader) else model
+    if path is None:
+        raise InputError("found a gguf reader without a file, need one: give the path instead")
     with GGUFHeader(path) as h:
         yield h
 
@@ -353,7 +361,17 @@ def codebook_to_blob(cb: Codebook) -> bytes:
     flags = 0 if cb.T is None else _BLOB_TRANSFORM
     s = cb.spec
     head = _BLOB_HEADER.pack(
-        _BLOB_MAGIC, _BLOB_VERSION, cb.D, cb.n_head_kv, cb.M, s.dsub, s.nbits, flags, len(payload), zlib.crc32(payload), 0
+        _BLOB_MAGIC,
+        _BLOB_VERSION,
+        cb.D,
+        cb.n_head_kv,
+        cb.M,
+        s.dsub,
+        s.nbits,
+        flags,
+        len(payload),
+        zlib.crc32(payload),
+        0,
     )
     return head + payload
 
@@ -370,9 +388,13 @@ def blob_to_codebook(blob: bytes, spec: PQSpec, where: str = "codebook") -> Code
     if magic != _BLOB_MAGIC:
         raise FormatError(f"{where}: found magic {magic!r}, need {_BLOB_MAGIC!r}: {_RECALIBRATE}")
     if version != _BLOB_VERSION:
-        raise FormatError(f"{where}: found blob version {version}, need {_BLOB_VERSION}: update million-gguf or {_RECALIBRATE}")
+        raise FormatError(
+            f"{where}: found blob version {version}, need {_BLOB_VERSION}: update million-gguf or {_RECALIBRATE}"
+        )
     if flags & ~_BLOB_TRANSFORM or zero != 0:
-        raise FormatError(f"{where}: found flags {flags:#x} and reserved {zero}, need flags 0 or 1 and 0: {_RECALIBRATE}")
+        raise FormatError(
+            f"{where}: found flags {flags:#x} and reserved {zero}, need flags 0 or 1 and 0: {_RECALIBRATE}"
+        )
     if (dsub, nbits) != (spec.dsub, spec.nbits):
         raise MismatchError(
             f"{where}: found dsub {dsub} and nbits {nbits}, {spec.name} needs {spec.dsub} and {spec.nbits}: {_RECALIBRATE}"
@@ -389,14 +411,17 @@ def blob_to_codebook(blob: bytes, spec: PQSpec, where: str = "codebook") -> Code
         raise FormatError(f"{where}: found {have} payload bytes and {n} announced, need {want}: {_RECALIBRATE}")
     payload = memoryview(blob)[_BLOB_HEADER.size :]
     if zlib.crc32(payload) != crc:
-        raise FormatError(f"{where}: found CRC-32 {zlib.crc32(payload):08x}, need {crc:08x}: the file is damaged, {_RECALIBRATE}")
+        raise FormatError(
+            f"{where}: found CRC-32 {zlib.crc32(payload):08x}, need {crc:08x}: the file is damaged, {_RECALIBRATE}"
+        )
 
     rows = np.frombuffer(payload, dtype=np.uint8).reshape(n_head_kv, want // n_head_kv)
     end_mu = 4 * D
     end_T = end_mu + (2 * D * D if has_transform else 0)
 
     def part(start: int, end: int, dtype: str, native: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
-        return np.ascontiguousarray(rows[:, start:end]).view(dtype).astype(native).reshape(n_head_kv, *shape)
+        values: npt.NDArray[Any] = np.ascontiguousarray(rows[:, start:end]).view(dtype).astype(native)
+        return values.reshape(n_head_kv, *shape)
 
     cb = Codebook(
         spec,
@@ -414,6 +439,7 @@ def _check_values(cb: Codebook, where: str) -> None:
             raise FormatError(f"{where}: found {name} with NaN or infinity, need finite values: {_RECALIBRATE}")
     if cb.T is not None:
         try:
+            assert cb.T_inv is not None
             norms = [np.abs(a).sum(axis=-1).max(axis=-1) for a in (cb.T.astype(np.float64), cb.T_inv)]
             condition = float(np.max(norms[0] * norms[1]))
         except np.linalg.LinAlgError:
@@ -495,7 +521,9 @@ class CodebookSet:
                         raise MismatchError(f"blk.{i} {what} {name}: found error {e}, need a finite number >= 0")
             for i, (k, v) in enumerate(zip(t.k, t.v, strict=True)):
                 if (k is None) != (v is None):
-                    raise MismatchError(f"blk.{i} {name}: found a codebook for only one of K and V, need both or neither")
+                    raise MismatchError(
+                        f"blk.{i} {name}: found a codebook for only one of K and V, need both or neither"
+                    )
                 for what, cb in (("K", k), ("V", v)):
                     if cb is not None and cb.spec.name != name:
                         raise MismatchError(f"blk.{i} {what}: found a codebook of {cb.spec.name} among those of {name}")
@@ -521,7 +549,9 @@ def _kv_bytes(cs: CodebookSet) -> list[bytes]:
         return string(PREFIX + key) + head + b"".join(items)
 
     def blobs(codebooks: list[Codebook | None]) -> list[bytes]:
-        return [string("" if cb is None else base64.b64encode(codebook_to_blob(cb)).decode("ascii")) for cb in codebooks]
+        return [
+            string("" if cb is None else base64.b64encode(codebook_to_blob(cb)).decode("ascii")) for cb in codebooks
+        ]
 
     def floats(values: list[float]) -> list[bytes]:
         return [struct.pack("<f", x) for x in values]
@@ -606,7 +636,9 @@ def _read(h: GGUFHeader) -> CodebookSet:
     block_count = get("block_count", GGUFValueType.UINT32)
     model_blocks = model_shape(h).block_count
     if block_count != model_blocks:
-        raise MismatchError(f"{h.path}: found codebooks for {block_count} layers, the model has {model_blocks}: {_RECALIBRATE}")
+        raise MismatchError(
+            f"{h.path}: found codebooks for {block_count} layers, the model has {model_blocks}: {_RECALIBRATE}"
+        )
     digest = get("model_digest", GGUFValueType.STRING)
     if len(digest) != 16 or any(c not in "0123456789abcdef" for c in digest):
         raise fail(f"million.model_digest: found {digest[:40]!r}, need 16 hexadecimal digits")
@@ -624,7 +656,9 @@ def _read(h: GGUFHeader) -> CodebookSet:
             try:
                 blob = base64.b64decode(text, validate=True)
             except (binascii.Error, ValueError) as e:
-                raise FormatError(f"{where}: found invalid base64 ({e}), need RFC 4648 with padding: {_RECALIBRATE}") from None
+                raise FormatError(
+                    f"{where}: found invalid base64 ({e}), need RFC 4648 with padding: {_RECALIBRATE}"
+                ) from None
             out.append(blob_to_codebook(blob, PQ_TYPES[name], where))
         return out
 
@@ -730,7 +764,9 @@ def model_shape(model: Model) -> ModelShape:
         D_k, D_v = integer("attention.key_length", D_default), integer("attention.value_length", D_default)
         swa_k, swa_v = integer("attention.key_length_swa", D_k), integer("attention.value_length_swa", D_v)
         pattern = h.get(f"{arch}.attention.sliding_window_pattern")
-        is_swa = [bool(x) for x in pattern] if isinstance(pattern, list) and len(pattern) == n_layer else [False] * n_layer
+        is_swa = (
+            [bool(x) for x in pattern] if isinstance(pattern, list) and len(pattern) == n_layer else [False] * n_layer
+        )
         rope = h.get(f"{arch}.rope.freq_base", 0.0)
         if isinstance(rope, (str, list)):
             raise FormatError(f"{h.path}: {arch}.rope.freq_base: found {rope!r:.60}, need a number")
@@ -845,7 +881,9 @@ def embed(
         with _io_errors(dst, "write"):
             free = shutil.disk_usage(dst.parent).free
             if free < total:
-                raise InputError(f"{dst}: found {free} bytes free, need {total}: free some space, or choose another folder")
+                raise InputError(
+                    f"{dst}: found {free} bytes free, need {total}: free some space, or choose another folder"
+                )
         with _replacing(dst) as out:
             out.write(header)
             done = len(header)

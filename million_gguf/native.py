@@ -3,7 +3,7 @@
 The structs mirror ``cuda/cpu/pq-cpu.h``. Native code trusts its caller, so every wrapper checks shapes, dtypes, strides
 and indices first and raises ``MismatchError``; a library that is missing or refuses raises ``NativeError``.
 
-The library is looked for at ``$MILLION_PQ_LIB``, else in ``million_gguf/lib/``.
+The library is looked for at ``$MILLION_PQ_LIB``, else where ``paths.library`` finds it, else in ``million_gguf/lib/``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes as C
 import functools
 import os
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import container, pq_ref
+from . import container, paths, pq_ref
 from .errors import MismatchError, NativeError
 from .pq_ref import Codebook, Coded, Side
 
 _LIB_ENV = "MILLION_PQ_LIB"
-_LIB_NAME = {"win32": "million-pq.dll", "darwin": "libmillion-pq.dylib"}.get(sys.platform, "libmillion-pq.so")
 _PQ_TYPE_COUNT = 3  # "no codes" in pq_attn_side.type
 _TO_FLOAT = {np.dtype(np.float16): "million_pq_f16_to_float", np.dtype(np.float32): "million_pq_f32_to_float"}
 _ALIGN = 64  # parts of a head block lie at multiples of this (pq-layout.h)
@@ -117,8 +115,14 @@ class _AttnParams(C.Structure):
 
 def library_path() -> Path:
     """Where the library is expected to be."""
-    env = os.environ.get(_LIB_ENV)
-    return Path(env) if env else Path(__file__).parent / "lib" / _LIB_NAME
+    chosen = os.environ.get(_LIB_ENV)
+    if chosen:
+        return Path(chosen)
+    try:
+        return paths.library("million-pq")
+    except NativeError:
+        # paths wants all of the package's libraries; this one also works alone, built from cuda/ in seconds.
+        return Path(__file__).parent / "lib" / paths.library_file_name("million-pq")
 
 
 @functools.cache
@@ -167,12 +171,18 @@ def simd_name() -> str:
 
 def simd_set(name: str) -> bool:
     """Forces an instruction set for the whole process, or ``auto``. False when this processor or build lacks it."""
-    return load().pq_cpu_simd_set(name.encode()) == 0
+    return bool(load().pq_cpu_simd_set(name.encode()) == 0)
 
 
 def thread_count(n_threads: int) -> int:
     """``n_threads``, or the number of cores that this process may use when it is 0."""
-    return n_threads if n_threads > 0 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        n_threads
+        if n_threads > 0
+        else len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
 
 
 def _aligned(n: int) -> npt.NDArray[np.uint8]:
@@ -255,7 +265,10 @@ def encode(
         _need(row_idx is None, "found row_idx without out, need the cells that it points into")
         out = np.zeros((n_rows, cb.n_head_kv, cb.head_bytes), dtype=np.uint8)
     _need(
-        out.dtype == np.uint8 and out.ndim == 3 and out.shape[1:] == (cb.n_head_kv, cb.head_bytes) and out.flags.writeable,
+        out.dtype == np.uint8
+        and out.ndim == 3
+        and out.shape[1:] == (cb.n_head_kv, cb.head_bytes)
+        and out.flags.writeable,
         f"out is {out.dtype} {list(out.shape)}, need writeable uint8 [n_cells, {cb.n_head_kv}, {cb.head_bytes}]",
     )
     _row_strides(out, "out")
@@ -349,7 +362,10 @@ def attention(
         _row_strides(a, name)
     if mask is not None:
         _need(
-            mask.dtype == np.float16 and mask.ndim == 4 and mask.shape[2:] == (n_q, n_kv) and mask.shape[0] * mask.shape[1] > 0,
+            mask.dtype == np.float16
+            and mask.ndim == 4
+            and mask.shape[2:] == (n_q, n_kv)
+            and mask.shape[0] * mask.shape[1] > 0,
             f"mask is {mask.dtype} {list(mask.shape)}, need float16 [*, *, {n_q}, {n_kv}]",
         )
         _row_strides(mask, "mask")
@@ -422,7 +438,8 @@ def kmeans_assign(
         f"centroids are {centroids.dtype} {list(centroids.shape)}, need contiguous float32 [{P}, 1..256, {dsub}]",
     )  # fmt: skip
     _need(
-        codes is None or (codes.dtype == np.uint8 and codes.shape == (P, n) and codes.flags.c_contiguous and codes.flags.writeable),
+        codes is None
+        or (codes.dtype == np.uint8 and codes.shape == (P, n) and codes.flags.c_contiguous and codes.flags.writeable),
         f"codes must be contiguous writeable uint8 [{P}, {n}]",
     )
     ksub = centroids.shape[1]

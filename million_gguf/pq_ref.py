@@ -126,7 +126,8 @@ def unpack(spec: PQSpec, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         raise MismatchError(f"{spec.name}: {codes.shape[-1]} bytes do not hold whole codes of {spec.nbits} bits")
     bits = np.unpackbits(np.ascontiguousarray(codes), axis=-1, bitorder="little")
     bits = bits.reshape(*codes.shape[:-1], n_bits // spec.nbits, spec.nbits)
-    return (bits << np.arange(spec.nbits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    out: npt.NDArray[np.uint8] = (bits << np.arange(spec.nbits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
+    return out
 
 
 def transform(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -312,7 +313,9 @@ def lut_scores(q: npt.ArrayLike, k: Coded) -> npt.NDArray[np.float64]:
             for i in range(n_q):
                 q_mapped = q[s, h, i] if cb.T_inv is None else cb.T_inv[h_kv] @ q[s, h, i]
                 lut = np.einsum("mcd,md->mc", centroids[h_kv], q_mapped.reshape(cb.M, cb.spec.dsub))
-                out[s, h, i] = lut[np.arange(cb.M), idx[:, h_kv]].sum(axis=-1) + q[s, h, i] @ cb.mu[h_kv].astype(np.float64)
+                out[s, h, i] = lut[np.arange(cb.M), idx[:, h_kv]].sum(axis=-1) + q[s, h, i] @ cb.mu[h_kv].astype(
+                    np.float64
+                )
     return out
 
 
@@ -328,7 +331,9 @@ def _check_rows(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.floating]:
 
 def _check_codes(cb: Codebook, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     if codes.dtype != np.uint8 or codes.ndim != 3 or codes.shape[1:] != (cb.n_head_kv, cb.head_bytes):
-        raise MismatchError(f"codes are {codes.dtype} {list(codes.shape)}, need uint8 [n, {cb.n_head_kv}, {cb.head_bytes}]")
+        raise MismatchError(
+            f"codes are {codes.dtype} {list(codes.shape)}, need uint8 [n, {cb.n_head_kv}, {cb.head_bytes}]"
+        )
     return codes
 
 
@@ -353,7 +358,9 @@ def _check_side(
         found = (*found[:3], cb.D)
     else:
         found = _shape4(side, name)
-    for what, have, want in zip(("n_stream", "n_kv", "n_head_kv", "D"), found, (n_stream, n_kv, n_head_kv, D), strict=True):
+    for what, have, want in zip(
+        ("n_stream", "n_kv", "n_head_kv", "D"), found, (n_stream, n_kv, n_head_kv, D), strict=True
+    ):
         if want is not None and have != want:
             raise MismatchError(f"{name}: found {what} {have}, need {want}")
     return found

@@ -14,6 +14,14 @@ from million_gguf import container
 from million_gguf.pq_ref import Codebook
 from million_gguf.spec import PQ_TYPES
 
+try:
+    # The matrices here are small: a BLAS that spreads them over busy cores takes twenty times as long.
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1, "blas")
+except ImportError:
+    pass  # it comes with scikit-learn; without it the tests are only slower
+
 HEAD_SIZES = (64, 80, 96, 128, 192, 256)
 
 

@@ -191,10 +191,13 @@ def test_interactive(demo_gguf: Path) -> None:
 
 
 @pytest.mark.native
-def test_ctrl_c_in_one_shot_is_exit_code_130(demo_gguf: Path) -> None:
+@pytest.mark.parametrize("when", ["loading", "answering"])
+def test_ctrl_c_in_one_shot_is_exit_code_130(demo_gguf: Path, when: str) -> None:
     terminal = Terminal("chat", str(demo_gguf), "--temp", "0", "-n", "1000", "-c", "2048", "-p", "The history of the")
     terminal.wait_for("KV cache")
-    terminal.wait_for(" ", seconds=60)
+    if when == "answering":
+        terminal.wait_for("\n")
+        terminal.wait_for(" ")
     terminal.type("\x03")
     assert terminal.exit_code() == 130
 

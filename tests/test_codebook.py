@@ -22,7 +22,9 @@ def points(kind: str, P: int, n: int, dsub: int, seed: int = 0) -> np.ndarray:
         x /= np.sqrt(rng.chisquare(5, (P, n, 1)) / 5)
     if kind == "ring":  # what rope makes of a K pair
         angle = rng.uniform(0, 2 * np.pi, (P, n, dsub // 2))
-        x = 0.3 * rng.standard_normal((P, n, dsub)) + 3 * np.stack([np.cos(angle), np.sin(angle)], -1).reshape(P, n, dsub)
+        x = 0.3 * rng.standard_normal((P, n, dsub)) + 3 * np.stack([np.cos(angle), np.sin(angle)], -1).reshape(
+            P, n, dsub
+        )
     return x.astype(np.float32)
 
 

@@ -255,7 +255,11 @@ def test_embed_copies_everything_else_byte_by_byte(tmp_path: Path, alignment: in
     assert b.data_offset % alignment == 0
     assert [t.name for t in a.tensors] == [t.name for t in b.tensors]
     for s, t in zip(a.tensors, b.tensors, strict=True):
-        assert (s.tensor_type, s.shape.tolist(), s.data.tobytes()) == (t.tensor_type, t.shape.tolist(), t.data.tobytes())
+        assert (s.tensor_type, s.shape.tolist(), s.data.tobytes()) == (
+            t.tensor_type,
+            t.shape.tolist(),
+            t.data.tobytes(),
+        )
         assert s.data_offset - a.data_offset == t.data_offset - b.data_offset
     assert src.read_bytes()[a.data_offset :] == dst.read_bytes()[b.data_offset :]
 
@@ -581,7 +585,9 @@ def test_any_damage_is_an_error_or_harmless(tmp_path_factory: pytest.TempPathFac
     path = folder / "damage.gguf"
     if not (folder / "damage-src.gguf").exists():
         write_model(folder / "damage-src.gguf")
-        container.embed(folder / "damage-src.gguf", folder / "damage-ok.gguf", make_set(folder / "damage-src.gguf", ("pq3",)))
+        container.embed(
+            folder / "damage-src.gguf", folder / "damage-ok.gguf", make_set(folder / "damage-src.gguf", ("pq3",))
+        )
     raw = bytearray((folder / "damage-ok.gguf").read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, 1200))] = data.draw(st.integers(0, 255))
@@ -626,7 +632,9 @@ def test_refuses_codebooks_of_another_model(tmp_path: Path, model: Path) -> None
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom"), SystemExit(1)])
-def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path, model: Path, error: BaseException) -> None:
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(
+    tmp_path: Path, model: Path, error: BaseException
+) -> None:
     dst = tmp_path / "o.gguf"
     dst.write_bytes(b"old")
 
@@ -641,7 +649,9 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
-def test_a_failing_disk_is_an_input_error(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_failing_disk_is_an_input_error(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     def fail(fd: int) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -708,5 +718,9 @@ def test_llama_3_1_8b_geometry_opens_fast(tmp_path: Path, capsys: pytest.Capture
             f"\n  {megabytes:.1f} MB of codebooks: embed {t1 - t0:.2f} s, GGUFReader {t2 - t1:.3f} s, container.read {t3 - t2:.2f} s"
         )
     assert t2 - t1 < 2.0
-    assert container.codebook_bytes(types) < dst.stat().st_size - src.stat().st_size < container.codebook_bytes(types) + 4096
+    assert (
+        container.codebook_bytes(types)
+        < dst.stat().st_size - src.stat().st_size
+        < container.codebook_bytes(types) + 4096
+    )
     assert read_back.types["pq2"].v[31] is not None

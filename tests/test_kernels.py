@@ -156,7 +156,9 @@ class Case:
     n_kv: int = 97
     n_stream: int = 1
     transform: bool = False
-    mask: str = ""  # "", "causal", "holes", "all" (nothing visible), "some" (some queries see nothing), "heads", "streams"
+    mask: str = (
+        ""  # "", "causal", "holes", "all" (nothing visible), "some" (some queries see nothing), "heads", "streams"
+    )
     sinks: bool = False
     max_bias: float = 0.0
     softcap: float = 0.0
@@ -179,7 +181,9 @@ def build(case: Case) -> tuple[tuple[Any, Any, Any], dict[str, Any], np.ndarray]
         return Coded(pq_ref.pack(cb.spec, idx), cb)
 
     k, v = side(case.k, case.D_k, 1), side(case.v, case.D_v, 2)
-    q = rng.standard_normal((case.n_stream, n_head, case.n_q, case.D_k)).astype(np.float32) * (20.0 if case.sharp else 1.0)
+    q = rng.standard_normal((case.n_stream, n_head, case.n_q, case.D_k)).astype(np.float32) * (
+        20.0 if case.sharp else 1.0
+    )
     q = q.astype(np.float32)
     mask = None
     if case.mask:
@@ -251,7 +255,9 @@ FEATURES = {
     "sharp": Case(sharp=True, softcap=30.0, n_q=3),
     "long": Case(n_kv=5000, gqa=8),
     "long and masked": Case(n_kv=5000, gqa=8, n_q=3, mask="holes", sinks=True),
-    "everything": Case(n_stream=2, gqa=8, n_q=65, n_kv=257, mask="some", sinks=True, max_bias=8.0, softcap=20.0, transform=True),
+    "everything": Case(
+        n_stream=2, gqa=8, n_q=65, n_kv=257, mask="some", sinks=True, max_bias=8.0, softcap=20.0, transform=True
+    ),
     "GQA 3": Case(n_head_kv=2, gqa=3, n_q=3),
     "GQA 16": Case(n_head_kv=1, gqa=16, n_q=3),
     "unequal head sizes": Case(D_k=192, D_v=128, n_q=3, gqa=8, transform=True),

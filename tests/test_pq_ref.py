@@ -158,7 +158,9 @@ def test_attention_equals_dense_attention_on_decoded_rows(name: str, with_transf
     q = rng.standard_normal((n_stream, n_head, n_q, D))
     mask = None
     if case in ("mask", "alibi", "all"):
-        mask = np.where(rng.random((n_stream, 1, n_q, n_kv)) < 0.4, -np.inf, -rng.integers(0, 9, (n_stream, 1, n_q, n_kv)))
+        mask = np.where(
+            rng.random((n_stream, 1, n_q, n_kv)) < 0.4, -np.inf, -rng.integers(0, 9, (n_stream, 1, n_q, n_kv))
+        )
         mask = mask.astype(np.float16)
         mask[0, 0, 1] = -np.inf  # a query that sees nothing
     max_bias = 8.0 if case in ("alibi", "all") else 0.0
@@ -172,7 +174,9 @@ def test_attention_equals_dense_attention_on_decoded_rows(name: str, with_transf
     want = dense(q, k, v, 0.2, mask, pq_ref.alibi_slopes(n_head, max_bias), softcap, sinks)
     assert np.allclose(found, want, rtol=1e-10, atol=1e-12)
     # Plain rows on either side must not change the meaning.
-    mixed = pq_ref.attention(q, k, Coded(vc, vb), scale=0.2, mask=mask, sinks=sinks, max_bias=max_bias, logit_softcap=softcap)
+    mixed = pq_ref.attention(
+        q, k, Coded(vc, vb), scale=0.2, mask=mask, sinks=sinks, max_bias=max_bias, logit_softcap=softcap
+    )
     assert np.allclose(mixed, want, rtol=1e-10, atol=1e-12)
 
 

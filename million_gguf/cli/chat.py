@@ -171,7 +171,7 @@ class Session:
         said, printed_at = "", 0.0
         self._n_tokens, self._first_s, self._rest_s = 0, 0.0, 0.0
         started = time.perf_counter()
-        with Interrupt(signal.SIGINT) as interrupt:
+        with Interrupt() as interrupt:
             low = _low_level()
             # llama.cpp asks between the nodes of a graph, so that a long prompt can be stopped too; once tokens
             # come, the loop below asks often enough.
@@ -196,6 +196,8 @@ class Session:
             finally:
                 low.llama_set_abort_callback(self.llm.ctx, low.ggml_abort_callback(), None)
             self.stopped = interrupt.requested
+            if interrupt.received == signal.SIGTERM:  # that one is for the program
+                interrupt.check()
         if self._n_tokens:
             self._rest_s = time.perf_counter() - printed_at
         print(flush=True)
