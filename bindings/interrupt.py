@@ -12,6 +12,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from ..signals import terminate
 from . import native
 
 
@@ -55,7 +56,7 @@ class Interrupt:
     @staticmethod
     def _raise(number: int | None) -> None:
         if number == signal.SIGTERM:
-            raise SystemExit(128 + number)
+            terminate(number, None)
         raise KeyboardInterrupt
 
     def check(self) -> None:

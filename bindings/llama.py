@@ -14,7 +14,7 @@ from .cache_types import AUTO, BY_NUMBER, CACHE_TYPES, CacheType, parse
 
 _low = native.llama_cpp()  # first: it decides which library llama_cpp binds to
 
-import llama_cpp  # type: ignore[import-not-found]  # noqa: E402
+import llama_cpp  # noqa: E402
 
 _said: set[tuple[str, str]] = set()  # (model, choice) pairs that "auto" has told the user about
 
@@ -141,8 +141,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     def eval(self, tokens: Sequence[int]) -> None:
         """As ``llama_cpp.Llama.eval``. Raises NativeError, with llama.cpp's reason, when the decode fails."""
-        with _native_errors("llama.cpp could not decode", echo=self.verbose):
-            super().eval(tokens)
+        for start in range(0, max(1, len(tokens)), self.n_batch):  # Ctrl-C is noticed between batches
+            with _native_errors("llama.cpp could not decode", echo=self.verbose):
+                super().eval(tokens[start : start + self.n_batch])
 
     def load_state(self, state: Any) -> None:
         """As ``llama_cpp.Llama.load_state``. Raises NativeError when the state is not of such a context."""
@@ -152,7 +153,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
     def close(self) -> None:
         """Free the model and its context. A second call does nothing."""
         if "_stack" in self.__dict__:  # absent when __init__ refused its arguments
-            super().close()
+            with native_log.collect(echo=self.verbose):
+                super().close()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

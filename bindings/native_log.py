@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from ..signals import deferred
+
 _WARN, _ERROR, _CONT = 3, 4, 5  # enum ggml_log_level in ggml.h
 _MAX_LINES = 200  # a failing load logs a handful of errors; a flood of warnings must not grow without bound
 
@@ -27,7 +29,6 @@ _EMPTY_PHRASES = (
 )
 
 _collectors: list[Collected] = []
-_interrupts: list[BaseException] = []  # raised by a signal handler while our callback ran, where ctypes would drop them
 _installed: Any = None  # the ctypes callback: the library holds only a bare pointer to it
 
 
@@ -63,18 +64,15 @@ class Collected:
 def collect(*, echo: bool = True) -> Iterator[Collected]:
     """Gather what llama.cpp logs while the block runs. Without ``echo`` it does not reach stderr.
 
-    A KeyboardInterrupt that came while llama.cpp was logging is raised when the block ends.
+    Ctrl-C is held back meanwhile: raised inside the log handler it would be lost.
     """
     collected = Collected(echo)
-    _collectors.append(collected)
-    try:
-        yield collected
-    finally:
-        _collectors.remove(collected)
-        if _interrupts:
-            interrupt = _interrupts.pop(0)
-            _interrupts.clear()
-            raise interrupt
+    with deferred():
+        _collectors.append(collected)
+        try:
+            yield collected
+        finally:
+            _collectors.remove(collected)
 
 
 def install(llama_cpp: ModuleType) -> None:
@@ -92,18 +90,15 @@ def install(llama_cpp: ModuleType) -> None:
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def on_log(level: int, text: bytes | None, user_data: Any) -> None:
         nonlocal shown
-        try:
-            message = (text or b"").decode("utf-8", "replace")
-            if level != _CONT:
-                shown = logger.level == logging.DEBUG or level == _ERROR
-            echo = shown
-            for collected in list(_collectors):
-                collected.add(level, message)
-                echo = echo and collected.echo
-            if echo:
-                print(message, end="", flush=True, file=sys.stderr)
-        except (KeyboardInterrupt, SystemExit) as e:
-            _interrupts.append(e)
+        message = (text or b"").decode("utf-8", "replace")
+        if level != _CONT:
+            shown = logger.level == logging.DEBUG or level == _ERROR
+        echo = shown
+        for collected in list(_collectors):
+            collected.add(level, message)
+            echo = echo and collected.echo
+        if echo:
+            print(message, end="", flush=True, file=sys.stderr)
 
     _installed = on_log
     llama_cpp.llama_log_set(on_log, ctypes.c_void_p(0))

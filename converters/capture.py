@@ -191,7 +191,7 @@ def capture(
             model = low.llama_model_load_from_file(path.encode("utf-8"), model_params)
         if not model:
             raise NativeError(f"cannot load {path}: {log.reason('llama.cpp gave no reason')}")
-        stack.callback(low.llama_model_free, model)
+        stack.callback(_quietly, low.llama_model_free, model)
         if low.llama_model_is_recurrent(model) or low.llama_model_has_encoder(model):
             raise MismatchError(f"{path}: {_layer_kind(low, model)}, so there is nothing to calibrate: run it as it is")
 
@@ -221,13 +221,15 @@ def capture(
             ctx = low.llama_init_from_model(model, context_params)
         if not ctx:
             raise NativeError(f"cannot run {path}: {log.reason('llama.cpp gave no reason')}")
-        stack.callback(low.llama_free, ctx)
+        stack.callback(_quietly, low.llama_free, ctx)
 
         with stage("capture", n_run, enabled=progress) as bar, interrupt:
             for context in contexts:
                 _run(low, ctx, context, interrupt, bar.advance)
         if kept.n_layer == 0:
-            raise MismatchError(f"{path}: the model wrote no KV rows, so there is nothing to calibrate: run it as it is")
+            raise MismatchError(
+                f"{path}: the model wrote no KV rows, so there is nothing to calibrate: run it as it is"
+            )
         yield Captured(kept, n_run)
 
 
@@ -244,6 +246,12 @@ def _run(low: Any, ctx: Any, context: list[int], interrupt: Interrupt, advance: 
         if status != 0:
             raise NativeError(f"llama.cpp could not run the model: {log.reason(f'llama_decode returned {status}')}")
         advance(len(part))
+
+
+def _quietly(function: Any, *args: Any) -> None:
+    """Call a native function that logs what nobody asked for."""
+    with native_log.collect(echo=False):
+        function(*args)
 
 
 def _tokenize(low: Any, model: Any, text: str) -> tuple[list[int], int | None]:

@@ -29,9 +29,7 @@ _BYTES_PER_TOKEN = 64  # more of a text than this times the wanted tokens is not
 _OTHER_TYPES = "run it with cache type f16 or q8_0"
 
 RECURRENT = ("mamba", "rwkv", "arwkv", "falcon_mamba")  # beginnings of architecture names, in GGUF and HF files
-NO_ROWS_RECURRENT = (
-    "its layers are recurrent and keep a state of fixed size, there are no KV rows to code: run it as it is, in llama.cpp"
-)
+NO_ROWS_RECURRENT = "its layers are recurrent and keep a state of fixed size, there are no KV rows to code: run it as it is, in llama.cpp"
 NO_ROWS_MLA = (
     "its attention is MLA, whose cache is a small latent vector already and has no K and V rows to code: "
     f"{_OTHER_TYPES}, in llama.cpp"
@@ -106,7 +104,9 @@ def check_output(dst: Path, *, overwrite: bool) -> None:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder} to write {dst.name} to: make it first")
     if dst.exists() and not overwrite:
-        raise InputError(f"the output {dst} exists already: choose another name, or replace it (--force; overwrite=True in Python)")
+        raise InputError(
+            f"the output {dst} exists already: choose another name, or replace it (--force; overwrite=True in Python)"
+        )
     probe = folder / f".{dst.name}.{secrets.token_hex(6)}.tmp"
     try:
         probe.touch(exist_ok=False)
@@ -150,7 +150,10 @@ def check_model(header: container.GGUFHeader, specs: Sequence[PQSpec]) -> contai
     for n_head_kv, sizes in zip(shape.n_head_kv, zip(shape.D_k, shape.D_v, strict=True), strict=True):
         for spec in specs:
             for size in sizes if n_head_kv else ():
-                spec.check_head_size(size)
+                try:
+                    spec.check_head_size(size)
+                except MismatchError as e:
+                    raise MismatchError(f"{where}: {e}") from None
     return shape
 
 
@@ -277,17 +280,21 @@ def _train(
 ) -> dict[str, container.TypeCodebooks]:
     """Codebooks of every type for every layer that wrote rows. Only one layer's rows are in Python at a time."""
     from .. import codebook
-    from .capture import K, V, Capture
+    from .capture import Capture, K, V
 
     assert isinstance(rows, Capture)
     n_layer = shape.block_count
     if rows.n_layer > n_layer:
         raise MismatchError(f"{src}: the model has {n_layer} layers, but layer {rows.n_layer - 1} wrote KV rows")
-    books: dict[str, dict[int, list[Codebook | None]]] = {s.name: {K: [None] * n_layer, V: [None] * n_layer} for s in specs}
+    books: dict[str, dict[int, list[Codebook | None]]] = {
+        s.name: {K: [None] * n_layer, V: [None] * n_layer} for s in specs
+    }
     errors: dict[str, dict[int, list[float]]] = {s.name: {K: [0.0] * n_layer, V: [0.0] * n_layer} for s in specs}
     coded = [i for i in range(rows.n_layer) if rows.shape(i, K) is not None and rows.shape(i, V) is not None]
     if not coded:
-        raise MismatchError(f"{src}: no layer wrote both K and V rows, so there is nothing to calibrate: {_OTHER_TYPES}")
+        raise MismatchError(
+            f"{src}: no layer wrote both K and V rows, so there is nothing to calibrate: {_OTHER_TYPES}"
+        )
     with stage("train", len(coded) * 2 * len(specs), enabled=progress) as bar:
         for layer in coded:
             for kind, sizes in ((K, shape.D_k), (V, shape.D_v)):

@@ -51,10 +51,14 @@ def check_checkpoint(folder: Path) -> int:
     if not folder.exists():
         raise InputError(f"no such folder: {folder}")
     if not folder.is_dir():
-        raise InputError(f"{folder} is a file: give the folder of an HF checkpoint ('million calibrate' takes GGUF files)")
+        raise InputError(
+            f"{folder} is a file: give the folder of an HF checkpoint ('million calibrate' takes GGUF files)"
+        )
     if not (folder / "config.json").is_file() and not (folder / "params.json").is_file():
         raise InputError(f"{folder} has no config.json: give the folder of an HF checkpoint")
-    weights = [p for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth") for p in folder.glob(pattern) if p.is_file()]
+    weights = [
+        p for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth") for p in folder.glob(pattern) if p.is_file()
+    ]
     if not weights:
         raise InputError(f"{folder} has no weights (*.safetensors or *.bin): download the checkpoint completely")
     return sum(p.stat().st_size for p in weights)
@@ -117,7 +121,9 @@ def convert(
         raise InputError(f"unknown outtype {outtype!r}: known are {', '.join(OUTTYPES)}")
     refused = [a for a in converter_args if a.split("=")[0] in _REFUSED]
     if refused:
-        raise InputError(f"the converter option {refused[0]} cannot be passed on: it would not make one complete model file")
+        raise InputError(
+            f"the converter option {refused[0]} cannot be passed on: it would not make one complete model file"
+        )
     parse_types(calibrate_args.get("types", "pq4"))
     weights = check_checkpoint(source)
     check_output(target, overwrite=overwrite)
@@ -150,11 +156,11 @@ def _removed(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_converter(
-    source: Path, out: Path, outtype: str, extra: Sequence[str], verbose: bool, progress: bool
-) -> None:
+def _run_converter(source: Path, out: Path, outtype: str, extra: Sequence[str], verbose: bool, progress: bool) -> None:
     script = paths.vendor_dir("convert") / "convert_hf_to_gguf.py"
-    env = {k: v for k, v in os.environ.items() if k != "NO_LOCAL_GGUF"}  # else it would take another gguf-py than its own
+    env = {
+        k: v for k, v in os.environ.items() if k != "NO_LOCAL_GGUF"
+    }  # else it would take another gguf-py than its own
     env["PYTHONUNBUFFERED"] = "1"
     command = [sys.executable, str(script), str(source.resolve()), "--outfile", str(out), "--outtype", outtype, *extra]
     with stage("convert", 100, enabled=progress and not verbose) as bar:
@@ -200,7 +206,9 @@ def _follow(process: subprocess.Popen[str], lines: list[str], bar: Stage, verbos
 
 def _failure(source: Path, status: int, lines: Sequence[str]) -> MillionError:
     """What went wrong, out of the converter's last lines: its error messages, else the end of its traceback."""
-    module = next((m[1] for line in lines if (m := re.search(r"(?:ModuleNotFound|Import)Error: .*'([\w.]+)'", line))), None)
+    module = next(
+        (m[1] for line in lines if (m := re.search(r"(?:ModuleNotFound|Import)Error: .*'([\w.]+)'", line))), None
+    )
     if module is not None:
         return InputError(f"the converter needs the Python module {module}: '{_INSTALL}', or install {module} itself")
     if any("No space left on device" in line for line in lines):

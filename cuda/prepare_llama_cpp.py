@@ -146,7 +146,9 @@ def prepare(out: Path, record: bool = False) -> Path:
         if record:
             recorded.write_text(sums)
         elif not recorded.is_file() or recorded.read_text() != sums:
-            raise PrepareError(f"the patched files differ from {recorded}: run {Path(__file__).name} --record if the series changed")
+            raise PrepareError(
+                f"the patched files differ from {recorded}: run {Path(__file__).name} --record if the series changed"
+            )
         tmp.chmod(0o755)
         if not tree.is_dir():
             os.replace(tmp, tree)
@@ -157,7 +159,9 @@ def prepare(out: Path, record: bool = False) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "upstream", help="folder for downloads and trees")
+    parser.add_argument(
+        "--out", type=Path, default=HERE.parent / "build" / "upstream", help="folder for downloads and trees"
+    )
     parser.add_argument("--record", action="store_true", help="rewrite patches/SHA256SUMS")
     args = parser.parse_args()
     try:

@@ -5,10 +5,10 @@ has thousands of them: they are solved together. Each problem is
 
 1. seeded by D^2 sampling (k-means++, Arthur & Vassilvitskii 2007) in a few batches that double in size instead of one
    centroid at a time, which is k-means|| (Bahmani et al. 2012) on a subsample;
-2. refined by Lloyd rounds on a growing subsample and then on all points;
+2. refined by over-relaxed Lloyd rounds on a growing subsample and then on all points;
 3. between rounds, relieved of its worst placed centroids: those that would be missed least move beside those whose
    clusters cost most (the utility of Patane & Russo's enhanced LBG, 2001). Empty clusters go first. This is what makes
-   few rounds enough; without it batched seeds end 3 to 9 % above k-means++ with 30 rounds, with it level.
+   few rounds enough: without it batched seeds end 3 to 9 % above k-means++ with 30 rounds.
 
 The result depends on rows, spec, seed and transform only, and not on the number of threads; the instruction set and the
 device may change the last bits of a sum.
@@ -43,7 +43,7 @@ _TEMP_ELEMS_CUDA = 1 << 28
 
 @dataclass(frozen=True)
 class _Round:
-    """``size`` 0, 1, 2: small subsample, larger subsample, all points. ``move``: share of the centroids that may move."""
+    """``size`` 0, 1, 2: small subsample, larger subsample, all points. ``move``: share of centroids that may move."""
 
     size: int
     move: float = 0.0
@@ -55,9 +55,13 @@ class _Round:
 _SCHEDULE = (
     *[_Round(0, 0.12), _Round(0), _Round(0)] * 4,
     *[_Round(1, 0.06), _Round(1), _Round(1)],
-    *[_Round(2, 0.04), _Round(2), _Round(2)] * 3,
+    *[_Round(2, 0.05), _Round(2), _Round(2)] * 2,
     _Round(2),
 )
+
+# A plain round steps this far from the old centroid to the mean, but for the last round. Lloyd's steps are too short
+# (1 stops at the mean, 2 is where it turns unstable): 1.8 ends lower in 11.5 passes over all points than 1 does in 14.5.
+_RELAX = 1.8
 
 
 def train_side(
@@ -194,14 +198,15 @@ def _solve(
         np.take(x, rng.permutation(n), axis=1), n_threads
     )  # a subsample is a prefix of the shuffled points
     c = _seed(points, ksub, sizes[1], rng)
-    for r in _SCHEDULE:
+    for i, r in enumerate(_SCHEDULE):
         m = sizes[r.size]
         if r.move > 0.0:
             sums, counts, dist = points.spread(m, c)
             c = _move(_means(sums, counts, c), counts, dist, r.move, rng)
         else:
             sums, counts, _ = points.lloyd(m, c)
-            c = _means(sums, counts, c)
+            relax = 1.0 if i == len(_SCHEDULE) - 1 else _RELAX
+            c = (c + relax * (_means(sums, counts, c) - c)).astype(np.float32)
     return c
 
 
@@ -253,7 +258,7 @@ def _move(c: F32, counts: I64, dist: F64, share: float, rng: np.random.Generator
     # The pair is put half a standard deviation to both sides of the old mean, along a random diagonal.
     variance = np.take_along_axis(dist, high, 1) / np.maximum(np.take_along_axis(counts, high, 1), 1) / dsub
     offset = 0.5 * np.sqrt(variance)[..., None] * np.where(rng.random((P, r, dsub)) < 0.5, -1.0, 1.0)
-    out = c.copy()
+    out: F32 = c.copy()
     old = np.take_along_axis(c, high[..., None], 1)
     np.put_along_axis(out, high[..., None], np.where(worth[..., None], old - offset, old).astype(np.float32), 1)
     stay = np.take_along_axis(out, low[..., None], 1)
@@ -429,7 +434,7 @@ class _TorchPoints:
         self._x = torch.from_numpy(x).to(device)
 
     def _in_parts(self, m: int, c: F32) -> Any:
-        """Yields (problems, points, codes, squared distances) for as many problems at once as the memory bound allows."""
+        """Yields (problems, points, codes, squared distances), as many problems at once as the memory bound allows."""
         torch = self._torch
         k, dsub = c.shape[1], c.shape[2]
         centroids = torch.from_numpy(np.ascontiguousarray(c)).to(self._device)

@@ -5,8 +5,8 @@ broken) or a ``MismatchError`` (the file is sound but its codebooks belong to so
 
 The header is parsed here and not with gguf-py, for reasons that each broke something: ``embed`` copies metadata and
 tensor infos byte by byte, and gguf-py flattens nested arrays and cannot write back empty strings and arrays; it refuses
-tensor types newer than itself; it walks a 128K-token vocabulary element by element; and it does not notice a string that
-runs past the end of the file. The tests hold this parser against gguf-py on the same files.
+tensor types newer than itself; it walks a 128K-token vocabulary element by element; and it does not notice a
+string that runs past the end of the file. The tests hold this parser against gguf-py on the same files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _BLOB_HEADER = struct.Struct(
 _BLOB_TRANSFORM = 1  # flag: a transform is stored
 _RECALIBRATE = "calibrate again with 'million calibrate'"
 
-# T is accepted up to this condition number (infinity norm, cheap beside the inverse). The kernels apply T and T^-1 in f32, whose 24 bits are spent beyond it.
+# T is accepted up to this condition number (infinity norm, cheap beside the inverse). The kernels apply T and T^-1 in
+# f32, whose 24 bits are spent beyond it.
 _MAX_CONDITION = 1e6
 
 _COPY_BYTES = 16 << 20
@@ -96,8 +97,8 @@ class KeyValue:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: ``dims`` in ggml's order (fastest first), ``offset`` from the start of the file, ``n_bytes`` None when
-    the type is newer than this package's gguf-py."""
+    """One tensor: ``dims`` in ggml's order (fastest first), ``offset`` from the start of the file, ``n_bytes`` None
+    when the type is newer than this package's gguf-py."""
 
     name: str
     dims: tuple[int, ...]
@@ -107,7 +108,7 @@ class TensorInfo:
 
 
 class GGUFHeader:
-    """Header of a GGUF file (version 2 or 3, little endian). Use as a context manager: it maps the file while it is open.
+    """Header of a GGUF file (version 2 or 3, little endian). A context manager: it maps the file while it is open.
 
     Attributes:
         path: the file.
@@ -240,7 +241,7 @@ class GGUFHeader:
             raise FormatError(f"{self.path}: found GGUF version {self.version}, need 2 or 3: {hint}")
         n_tensors, n_kv = self._unpack(_U64, 8, "tensor count"), self._unpack(_U64, 16, "key count")
         at = 24
-        # The smallest entry takes 13 bytes, the smallest tensor info 24: a wild count fails here and not in a long loop.
+        # The smallest entry takes 13 bytes, the smallest tensor info 24: a wild count fails here, not in a long loop.
         if n_kv > (self.size - at) // 13 or n_tensors > (self.size - at) // 24:
             raise self._fail(f"{n_kv} keys and {n_tensors} tensors in {self.size} bytes")
 
@@ -397,11 +398,15 @@ def blob_to_codebook(blob: bytes, spec: PQSpec, where: str = "codebook") -> Code
         )
     if (dsub, nbits) != (spec.dsub, spec.nbits):
         raise MismatchError(
-            f"{where}: found dsub {dsub} and nbits {nbits}, {spec.name} needs {spec.dsub} and {spec.nbits}: {_RECALIBRATE}"
+            f"{where}: found dsub {dsub} and nbits {nbits}, {spec.name} needs {spec.dsub} and {spec.nbits}: "
+            f"{_RECALIBRATE}"
         )
     if n_head_kv == 0:
         raise FormatError(f"{where}: found 0 KV heads, need at least 1: {_RECALIBRATE}")
-    spec.check_head_size(D)
+    try:
+        spec.check_head_size(D)
+    except MismatchError as e:
+        raise MismatchError(f"{where}: {e}") from None
     if spec.n_subspaces(D) != M:
         raise FormatError(f"{where}: found M {M} for head size {D}, need {spec.n_subspaces(D)}: {_RECALIBRATE}")
     has_transform = bool(flags & _BLOB_TRANSFORM)
@@ -420,8 +425,9 @@ def blob_to_codebook(blob: bytes, spec: PQSpec, where: str = "codebook") -> Code
     end_T = end_mu + (2 * D * D if has_transform else 0)
 
     def part(start: int, end: int, dtype: str, native: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
-        values: npt.NDArray[Any] = np.ascontiguousarray(rows[:, start:end]).view(dtype).astype(native)
-        return values.reshape(n_head_kv, *shape)
+        raw = np.ascontiguousarray(rows[:, start:end]).view(dtype)
+        values: npt.NDArray[Any] = raw.astype(native).reshape(n_head_kv, *shape)
+        return values
 
     cb = Codebook(
         spec,
@@ -783,8 +789,8 @@ def model_shape(model: Model) -> ModelShape:
 def model_digest(model: Model) -> str:
     """Names a model by its attention norms, which every weight quantization of it keeps in f32.
 
-    64-bit FNV-1a over the bytes of ``blk.<i>.attn_norm.weight`` (f32), i ascending, as 16 lower-case hexadecimal digits;
-    tensors that are absent or not f32 are skipped. Raises FormatError as ``model_shape`` does.
+    64-bit FNV-1a over the bytes of ``blk.<i>.attn_norm.weight`` (f32), i ascending, as 16 lower-case hexadecimal
+    digits; tensors that are absent or not f32 are skipped. Raises FormatError as ``model_shape`` does.
     """
     with _header(model) as h:
         digest = 0xCBF29CE484222325
@@ -806,7 +812,8 @@ def check_fits(codebooks: CodebookSet, model: Model) -> None:
         shape = model_shape(h)
         if codebooks.block_count != shape.block_count:
             raise MismatchError(
-                f"{h.path}: found codebooks for {codebooks.block_count} layers, the model has {shape.block_count}: {_RECALIBRATE}"
+                f"{h.path}: found codebooks for {codebooks.block_count} layers, "
+                f"the model has {shape.block_count}: {_RECALIBRATE}"
             )
         digest = model_digest(h)
         if codebooks.model_digest != digest:
@@ -824,7 +831,7 @@ def check_fits(codebooks: CodebookSet, model: Model) -> None:
                 for i, cb in enumerate(layers):
                     if cb is not None and (cb.D, cb.n_head_kv) != (D[i], shape.n_head_kv[i]):
                         raise MismatchError(
-                            f"{h.path}: blk.{i} {side} {name} codebook is for head size {cb.D} and {cb.n_head_kv} KV heads, "
+                            f"{h.path}: blk.{i} {side} {name} codebook is for head size {cb.D} and {cb.n_head_kv} KV heads, "  # noqa: E501
                             f"the model has {D[i]} and {shape.n_head_kv[i]}: {_RECALIBRATE}"
                         )
 

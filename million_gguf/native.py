@@ -206,7 +206,7 @@ def build(cb: Codebook) -> npt.NDArray[np.uint8]:
 
 
 def build_blob(blob: bytes, like: Codebook) -> npt.NDArray[np.uint8]:
-    """As ``build``, from blob bytes that are to hold a codebook shaped as ``like``; the native parser does the checks."""
+    """As ``build``, from blob bytes that are to hold a codebook shaped as ``like``; the native parser checks them."""
     lib = load()
     n = lib.million_pq_codebook_bytes(like.spec.index, like.D, like.n_head_kv, int(like.T is not None))
     dst = _aligned(n)
@@ -300,7 +300,9 @@ def encode(
 
 
 def decode(cb: Codebook, codes: npt.NDArray[np.uint8], *, n_threads: int = 0) -> npt.NDArray[np.float32]:
-    """Codes -> rows, as ``pq_ref.decode`` defines: u8 ``[n_rows, n_head_kv, head_bytes]`` -> f32 ``[n_rows, n_head_kv, D]``.
+    """Codes -> rows, as ``pq_ref.decode`` defines.
+
+    u8 ``[n_rows, n_head_kv, head_bytes]`` -> f32 ``[n_rows, n_head_kv, D]``.
 
     Raises MismatchError for a wrong shape, dtype or stride; NativeError without a library.
     """
@@ -396,7 +398,8 @@ def attention(
         q=q.ctypes.data, q_token_stride=q.strides[2], q_head_stride=q.strides[1], q_stream_stride=q.strides[0],
         sinks=None if sinks is None else sinks.ctypes.data,
         scale=scale, max_bias=max_bias, logit_softcap=logit_softcap,
-        dst=out.ctypes.data, dst_head_stride=out.strides[2], dst_token_stride=out.strides[1], dst_stream_stride=out.strides[0],
+        dst=out.ctypes.data,
+        dst_head_stride=out.strides[2], dst_token_stride=out.strides[1], dst_stream_stride=out.strides[0],
     )  # fmt: skip
     if mask is not None:
         p.mask = mask.ctypes.data
@@ -421,8 +424,8 @@ def kmeans_assign(
         codes: u8 ``[n_problems, n]``, contiguous, filled with the index of the nearest centroid; None: not wanted.
 
     Returns:
-        sums f64 ``[n_problems, ksub, dsub]`` and counts i64 ``[n_problems, ksub]`` of the points of each centroid, and the
-        sum of squared distances of each problem, sse f64 ``[n_problems]``.
+        sums f64 ``[n_problems, ksub, dsub]`` and counts i64 ``[n_problems, ksub]`` of the points of each centroid, and
+        the sum of squared distances of each problem, sse f64 ``[n_problems]``.
 
     Raises:
         MismatchError: arguments that do not fit each other. NativeError: no library.

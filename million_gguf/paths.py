@@ -52,9 +52,7 @@ def lib_dir() -> Path:
     for folder in tried:
         if (folder / library_file_name("llama")).is_file():
             return folder
-    raise NativeError(
-        f"the native libraries are missing (looked in {', '.join(map(str, tried))}): {_REBUILD}"
-    )
+    raise NativeError(f"the native libraries are missing (looked in {', '.join(map(str, tried))}): {_REBUILD}")
 
 
 def library(name: str) -> Path:

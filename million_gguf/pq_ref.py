@@ -137,8 +137,9 @@ def transform(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 
 def _per_head(x: npt.NDArray[np.float64], A: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Row vectors times the matrix of their head: ``[n, n_head_kv, D]``, ``[n_head_kv, D, D]`` -> ``[n, n_head_kv, D]``."""
-    return np.matmul(x.transpose(1, 0, 2), A).transpose(1, 0, 2)
+    """Row vectors ``[n, n_head_kv, D]`` times the matrix of their head ``[n_head_kv, D, D]`` -> ``[n, n_head_kv, D]``."""
+    out: npt.NDArray[np.float64] = np.matmul(x.transpose(1, 0, 2), A).transpose(1, 0, 2)
+    return out
 
 
 def distances(cb: Codebook, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -217,7 +218,8 @@ def alibi_slopes(n_head: int, max_bias: float) -> npt.NDArray[np.float64]:
     m0 = 2.0 ** (-max_bias / n_head_log2)
     m1 = 2.0 ** (-(max_bias / 2.0) / n_head_log2)
     h = np.arange(n_head)
-    return np.where(h < n_head_log2, m0 ** (h + 1.0), m1 ** (2.0 * (h - n_head_log2) + 1.0))
+    slopes: npt.NDArray[np.float64] = np.where(h < n_head_log2, m0 ** (h + 1.0), m1 ** (2.0 * (h - n_head_log2) + 1.0))
+    return slopes
 
 
 def attention(
@@ -237,8 +239,8 @@ def attention(
         q: ``[n_stream, n_head, n_q, D_k]``. Query head h reads KV head ``h // (n_head // n_head_kv)``.
         k, v: ``Coded``, or an array ``[n_stream, n_kv, n_head_kv, D]``.
         scale: the score is ``scale * q.k``.
-        mask: ``[n_stream_mask, n_head_mask, n_q, n_kv]``, broadcast over streams and heads by index modulo. -inf excludes
-            a cell; any other value, times the head's ALiBi slope, is added to the score.
+        mask: ``[n_stream_mask, n_head_mask, n_q, n_kv]``, broadcast over streams and heads by index modulo. -inf
+            excludes a cell; any other value, times the head's ALiBi slope, is added to the score.
         sinks: ``[n_head]``, a score that takes part in the softmax and has no value.
         max_bias: ALiBi, see ``alibi_slopes``; 0 turns it off.
         logit_softcap: score = cap * tanh(score / cap), before the mask; 0 turns it off.
@@ -353,7 +355,8 @@ def _check_side(
         found = _shape4(side.codes, name)
         if side.codes.dtype != np.uint8 or found[2:] != (cb.n_head_kv, cb.head_bytes):
             raise MismatchError(
-                f"{name}: codes are {side.codes.dtype} {list(found)}, need uint8 [*, *, {cb.n_head_kv}, {cb.head_bytes}]"
+                f"{name}: codes are {side.codes.dtype} {list(found)}, "
+                f"need uint8 [*, *, {cb.n_head_kv}, {cb.head_bytes}]"
             )
         found = (*found[:3], cb.D)
     else:

@@ -41,7 +41,14 @@ def stage(description: str, total: float | None = None, *, enabled: bool = True)
     if not enabled or not sys.stderr.isatty():
         yield Stage(None, None)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<12}"),

@@ -1,4 +1,6 @@
-"""The product-quantized cache types. Mirrors ``pq_spec`` in ``cuda/pq/pq-layout.h``; ``tests/test_spec.py`` compares the two.
+"""The product-quantized cache types.
+
+Mirrors ``pq_spec`` in ``cuda/pq/pq-layout.h``; ``tests/test_spec.py`` compares the two.
 
 Names are those of ``faiss::ProductQuantizer``: a head vector of ``D`` elements is cut into ``M`` subspaces of ``dsub``
 elements, and each subspace is stored as a code of ``nbits`` bits that names one of ``ksub = 2**nbits`` centroids.

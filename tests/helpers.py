@@ -68,7 +68,7 @@ def write_model(
     alignment: int = 32,
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """A GGUF file with the metadata and attention norms of a small llama, and a few quantized tensors; no real model."""
+    """A GGUF file with the metadata and norms of a small llama, and a few quantized tensors; no real model."""
     rng = np.random.default_rng(seed)
     w = GGUFWriter(path, "llama")
     if alignment != 32:

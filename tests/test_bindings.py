@@ -19,9 +19,9 @@ import pytest
 from conftest import environment
 from gguf import GGUFValueType as VT
 from gguf_edit import edit, encoded, string_array, strings
-
 from million_gguf.bindings import cache_types
 from million_gguf.bindings.native_log import _CONT, _ERROR, _WARN, Collected
+
 from million_gguf.errors import InputError, MillionError, MismatchError, NativeError
 from million_gguf.spec import PQ_TYPES
 
@@ -334,7 +334,9 @@ def test_it_is_a_llama_of_llama_cpp(demo_gguf: Path) -> None:
 
     with closing(load(demo_gguf, "pq4")) as llm:
         assert isinstance(llm, llama_cpp.Llama) and isinstance(llm, Llama)
-        pieces = [c["choices"][0]["text"] for c in llm.create_completion(PROMPT, max_tokens=8, temperature=0, stream=True)]
+        pieces = [
+            c["choices"][0]["text"] for c in llm.create_completion(PROMPT, max_tokens=8, temperature=0, stream=True)
+        ]
         assert "".join(pieces) == complete(llm, n=8)
         grammar = llama_cpp.LlamaGrammar.from_string('root ::= " yes" | " no"', verbose=False)
         answer = llm.create_completion(PROMPT, max_tokens=8, temperature=0, grammar=grammar)["choices"][0]["text"]

@@ -106,7 +106,11 @@ def test_inspect_json(million: Run, tiny_pq: Path) -> None:
     assert facts["layers"] == 2
     # 2 layers, 2 KV heads, K and V of 8 elements
     assert facts["f16_bytes_per_token"] == 2 * 2 * (8 + 8) * 2
-    assert {t: v["bytes_per_token"] for t, v in facts["codebooks"]["types"].items()} == {"pq4": 32, "pq3": 24, "pq2": 16}
+    assert {t: v["bytes_per_token"] for t, v in facts["codebooks"]["types"].items()} == {
+        "pq4": 32,
+        "pq3": 24,
+        "pq2": 16,
+    }
     assert facts["codebooks"]["types"]["pq4"]["k_error"] == [0.25, 0.25]
     assert facts["codebooks"]["calibration"]["seed"] == 7
 
@@ -181,6 +185,7 @@ def test_interactive(demo_gguf: Path) -> None:
     terminal.type("\x03")
     terminal.wait_for("tokens/s]")
     terminal.wait_for("> ")
+    time.sleep(0.5)  # a signal between readline's prompt and its wait for a key is not seen before the next key
     terminal.type("\x03")
     terminal.wait_for("/exit")
     terminal.type("/reset\n")

@@ -192,7 +192,8 @@ def test_round_trip(tmp_path: Path, model: Path, names: tuple[str, ...], with_tr
 
 
 @given(
-    n_layer=st.integers(1, 3), heads=st.lists(st.sampled_from([0, 1, 2]), min_size=3, max_size=3).filter(lambda h: h[0] > 0),
+    n_layer=st.integers(1, 3),
+    heads=st.lists(st.sampled_from([0, 1, 2]), min_size=3, max_size=3).filter(lambda h: h[0] > 0),
     blocks=st.integers(1, 2), names=st.sets(st.sampled_from(TYPES), min_size=1), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=15, deadline=None)
@@ -715,7 +716,8 @@ def test_llama_3_1_8b_geometry_opens_fast(tmp_path: Path, capsys: pytest.Capture
     with capsys.disabled():
         megabytes = container.codebook_bytes(types) / 1e6
         print(
-            f"\n  {megabytes:.1f} MB of codebooks: embed {t1 - t0:.2f} s, GGUFReader {t2 - t1:.3f} s, container.read {t3 - t2:.2f} s"
+            f"\n  {megabytes:.1f} MB of codebooks: embed {t1 - t0:.2f} s, GGUFReader {t2 - t1:.3f} s, "
+            f"container.read {t3 - t2:.2f} s"
         )
     assert t2 - t1 < 2.0
     assert (

@@ -16,11 +16,11 @@ from conftest import Result, environment
 from gguf import GGUFValueType as VT
 from gguf_edit import edit, encoded
 from helpers import write_model
-
-from million_gguf import container
 from million_gguf.converters import gguf as converters_gguf
 from million_gguf.converters import hf
 from million_gguf.converters.gguf import calibrate, check_model, codebook_file_bytes, load_text, parse_types
+
+from million_gguf import container
 from million_gguf.errors import InputError, MillionError, MismatchError, NativeError
 from million_gguf.spec import PQ_TYPES
 
@@ -80,7 +80,9 @@ def test_types() -> None:
 
 @pytest.mark.native
 @pytest.mark.parametrize("bos", [None, 1])
-@pytest.mark.parametrize(("n_text", "n_tokens", "n_ctx"), [(5000, 1000, 256), (300, 1000, 256), (256, 256, 256), (257, 999, 256)])
+@pytest.mark.parametrize(
+    ("n_text", "n_tokens", "n_ctx"), [(5000, 1000, 256), (300, 1000, 256), (256, 256, 256), (257, 999, 256)]
+)
 def test_chunks(n_text: int, n_tokens: int, n_ctx: int, bos: int | None) -> None:
     from million_gguf.converters.capture import chunks
 
@@ -104,7 +106,9 @@ def test_memory_bounds_the_rows(tiny: Path) -> None:
     from million_gguf.converters.capture import MIN_TOKENS, rows_within
 
     shape = container.model_shape(tiny)
-    row_bytes = 2 * sum(n * (k + v) + q * k // 4 for n, k, v, q in zip(shape.n_head_kv, shape.D_k, shape.D_v, shape.n_head))
+    row_bytes = 2 * sum(
+        n * (k + v) + q * k // 4 for n, k, v, q in zip(shape.n_head_kv, shape.D_k, shape.D_v, shape.n_head, strict=True)
+    )
     assert rows_within(10_000 * row_bytes, shape, 10**6) == 10_000
     assert rows_within(10_000 * row_bytes, shape, 5000) == 5000
     assert rows_within(0, shape, 10**6) == MIN_TOKENS
@@ -300,7 +304,9 @@ def test_captured_rows_are_those_of_the_model(plain_gguf: Path) -> None:
 def checkpoint(folder: Path, **config: Any) -> Path:
     """A folder that looks like an HF checkpoint."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **config}))
+    (folder / "config.json").write_text(
+        json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **config})
+    )
     (folder / "model.safetensors").write_bytes(b"\0" * 64)
     return folder
 
@@ -364,7 +370,10 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("import sys; print('ERROR:hf-to-gguf:Model X is not supported', file=sys.stderr); sys.exit(1)", "Model X is not supported"),
+        (
+            "import sys; print('ERROR:hf-to-gguf:Model X is not supported', file=sys.stderr); sys.exit(1)",
+            "Model X is not supported",
+        ),
         ("raise ValueError('no such tensor')", "ValueError: no such tensor"),
         ("import no_such_module_at_all", "no_such_module_at_all.*pip install million-gguf"),
         ("import sys; sys.exit(3)", "exit status 3"),

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +281,9 @@ NO_PQ4_AT_ALL = {"no version"}
 @pytest.mark.parametrize("command", ["inspect"])
 def test_a_million_file_without_model(million: Run, tmp_path: Path, tiny_pq: Path, command: str) -> None:
     refused(million(command, edit(tiny_pq, tmp_path / "bad.gguf", {"llama.block_count": None})), "block_count")
-    refused(million(command, edit(tiny_pq, tmp_path / "bad.gguf", {"general.architecture": None})), "general.architecture")
+    refused(
+        million(command, edit(tiny_pq, tmp_path / "bad.gguf", {"general.architecture": None})), "general.architecture"
+    )
 
 
 # ---- outputs that cannot be written ----
@@ -391,7 +392,10 @@ def test_disk_full_while_writing(million: Run, tiny: Path, tmp_path: Path, no_mo
         free = container.shutil.disk_usage
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path: free("/"))
-            refused(million("calibrate", tiny, "-o", small / "out.gguf", "--types", "pq4", "--tokens", 1024), "No space left")
+            refused(
+                million("calibrate", tiny, "-o", small / "out.gguf", "--types", "pq4", "--tokens", 1024),
+                "No space left",
+            )
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -431,7 +435,9 @@ def test_a_text_that_cannot_be_used(million: Run, tiny: Path, tmp_path: Path, fo
 @pytest.mark.native
 def test_a_text_that_is_too_short(million: Run, plain_gguf: Path, tmp_path: Path, folder: Path) -> None:
     (tmp_path / "short.txt").write_text("Hello.")
-    refused(million("calibrate", plain_gguf, "-o", folder / "out.gguf", "--text", tmp_path / "short.txt"), "longer text")
+    refused(
+        million("calibrate", plain_gguf, "-o", folder / "out.gguf", "--text", tmp_path / "short.txt"), "longer text"
+    )
 
 
 def test_convert_what_is_no_checkpoint(million: Run, tiny: Path, tmp_path: Path, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The C++ kernels against the definition in ``pq_ref`` (float64), on every instruction set that the processor has.
 
-Codes are equal except where two centroids are equally near within f32 rounding; attention and decode stay within an NMSE
-of 1e-6 against float64 with the same f16 centroids.
+Codes are equal except where two centroids are equally near within f32 rounding; attention and decode stay within an
+NMSE of 1e-6 against float64 with the same f16 centroids.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def test_pack_refuses() -> None:
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("D", HEAD_SIZES)
 def test_centroids_encode_to_themselves(name: str, D: int) -> None:
-    """With the identity, code c of every subspace decodes to a row that encodes to c (or to an equal centroid below it)."""
+    """With the identity, code c decodes to a row that encodes to c, or to an equal centroid below it."""
     cb = make_codebook(name, D, 2)
     cb = Codebook(cb.spec, np.zeros_like(cb.mu), None, cb.centroids)
     idx = np.broadcast_to(np.arange(cb.spec.ksub, dtype=np.uint8)[:, None, None], (cb.spec.ksub, 2, cb.M))

@@ -217,15 +217,19 @@ PQ_INLINE void unpack_cell(const uint8_t * src, int64_t m0, int64_t M, uint8_t *
     src += m0 * NBITS / 8;
     dst += m0 / 8 * group_stride;
     for (int64_t m = m0; m < M; m += 8, src += NBITS, dst += group_stride) {
-        uint64_t w = 0;
         if (NBITS == 8) {
+            if (m + 8 <= M) {
+                memcpy(dst, src, 8);
+                continue;
+            }
             for (int64_t j = 0; j < 8; j++) {
                 dst[j] = m + j < M ? src[j] : 0;
             }
             continue;
         }
-        for (int j = 0; j < (m + 4 < M ? 6 : 3); j++) {
-            w |= (uint64_t) src[j] << (8 * j);
+        uint64_t w = (uint64_t) src[0] | (uint64_t) src[1] << 8 | (uint64_t) src[2] << 16;
+        if (m + 4 < M) {
+            w |= (uint64_t) src[3] << 24 | (uint64_t) src[4] << 32 | (uint64_t) src[5] << 40;
         }
         // 24 bits in each half -> 12 in each quarter -> 6 in each byte
         w = (w & 0x0000000000ffffffu) | (w & 0x0000ffffff000000u) << 8;

@@ -14,7 +14,13 @@
 #include <immintrin.h>
 #endif
 
-#if defined(_MSC_VER)
+#if defined(PQ_SCALAR) && !defined(_MSC_VER)
+// leaves more to the compiler, which otherwise takes long over eight lanes of plain C
+#define PQ_INLINE static inline
+#define PQ_MEMBER static inline __attribute__((always_inline))
+#define PQ_UNROLL
+#define PQ_PREFETCH(p) __builtin_prefetch(p)
+#elif defined(_MSC_VER)
 #define PQ_INLINE static __forceinline
 #define PQ_MEMBER static __forceinline
 #define PQ_UNROLL
@@ -127,6 +133,19 @@ struct pq_vec8 {
         return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
     }
 
+    // two floats (or four halves) from each address, by way of a double, which the compiler loads straight into the register
+    PQ_MEMBER __m128 load_64(const void * p) {
+        double d;
+        memcpy(&d, p, 8);
+        return _mm_castpd_ps(_mm_set_sd(d));
+    }
+    PQ_MEMBER __m128 load_64_64(const void * p, const void * q) {
+        double d, e;
+        memcpy(&d, p, 8);
+        memcpy(&e, q, 8);
+        return _mm_castpd_ps(_mm_set_pd(e, d));
+    }
+
     // s[0..RP) += sum over NB codes of table[j][code j][0..RP); `stride` floats from one subspace to the next
     template <int RP, int NB>
     PQ_MEMBER void table_add(const float * table, size_t stride, const uint8_t * codes, float * s) {
@@ -142,15 +161,13 @@ struct pq_vec8 {
             }
             s[0] = a + b;
         } else if constexpr (RP == 2) {
-            __m128 a = _mm_castpd_ps(_mm_load_sd((const double *) s)), b = _mm_setzero_ps();
+            __m128 a = load_64(s), b = _mm_setzero_ps();
             PQ_UNROLL
             for (int j = 0; j < NB; j += 2) {
-                const double * p0 = (const double *) (table +  j      * stride) + ((w >>  (8 * j))      & 0xff);
-                const double * p1 = (const double *) (table + (j + 1) * stride) + ((w >> (8 * j + 8)) & 0xff);
-                a = _mm_add_ps(a, _mm_castpd_ps(_mm_load_sd(p0)));
-                b = _mm_add_ps(b, _mm_castpd_ps(_mm_load_sd(p1)));
+                a = _mm_add_ps(a, load_64(table +  j      * stride + 2 * ((w >>  (8 * j))      & 0xff)));
+                b = _mm_add_ps(b, load_64(table + (j + 1) * stride + 2 * ((w >> (8 * j + 8)) & 0xff)));
             }
-            _mm_store_sd((double *) s, _mm_castps_pd(_mm_add_ps(a, b)));
+            _mm_storel_pi((__m64 *) s, _mm_add_ps(a, b));
         } else if constexpr (RP == 4) {
             __m128 a = _mm_loadu_ps(s), b = _mm_setzero_ps();
             PQ_UNROLL
@@ -172,13 +189,11 @@ struct pq_vec8 {
 
     // 8 elements from 8/DSUB codes, out of f32 centroids [..][ksub][DSUB]; `stride` elements between subspaces
     template <int DSUB>
-    PQ_MEMBER T gather(const float * c, size_t stride, uint32_t w) {
+    PQ_MEMBER T gather(const float * c, size_t stride, size_t w) {
         if constexpr (DSUB == 2) {
-            const __m128d a = _mm_loadh_pd(_mm_load_sd((const double *) c + (w & 0xff)),
-                                           (const double *) (c + stride) + (w >> 8 & 0xff));
-            const __m128d b = _mm_loadh_pd(_mm_load_sd((const double *) (c + 2 * stride) + (w >> 16 & 0xff)),
-                                           (const double *) (c + 3 * stride) + (w >> 24));
-            return _mm256_castpd_ps(_mm256_insertf128_pd(_mm256_castpd128_pd256(a), b, 1));
+            const __m128 a = load_64_64(c              + 2 * (w       & 0xff), c +     stride + 2 * (w >> 8 & 0xff));
+            const __m128 b = load_64_64(c + 2 * stride + 2 * (w >> 16 & 0xff), c + 3 * stride + 2 * (w >> 24));
+            return _mm256_insertf128_ps(_mm256_castps128_ps256(a), b, 1);
         } else {
             return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(c + 4 * (w & 0xff))),
                                         _mm_loadu_ps(c + stride + 4 * (w >> 8 & 0xff)), 1);
@@ -194,12 +209,12 @@ struct pq_vec8 {
         return _mm_insert_epi32(_mm_insert_epi32(_mm_insert_epi32(_mm_cvtsi32_si128(w[0]), w[1], 1), w[2], 2), w[3], 3);
     }
     PQ_MEMBER __m128i load_2_quads(const uint16_t * a, const uint16_t * b) {
-        return _mm_castpd_si128(_mm_loadh_pd(_mm_load_sd((const double *) (const void *) a), (const double *) (const void *) b));
+        return _mm_castps_si128(load_64_64(a, b));
     }
 
     // the same out of f16 centroids
     template <int DSUB>
-    PQ_MEMBER T gather_f16(const uint16_t * c, size_t stride, uint32_t w) {
+    PQ_MEMBER T gather_f16(const uint16_t * c, size_t stride, size_t w) {
         if constexpr (DSUB == 2) {
             return _mm256_cvtph_ps(load_4_pairs(c              + 2 * (w       & 0xff), c +     stride + 2 * (w >> 8 & 0xff),
                                                 c + 2 * stride + 2 * (w >> 16 & 0xff), c + 3 * stride + 2 * (w >> 24)));

@@ -288,15 +288,9 @@ static void test_codebook() {
     refused(with(T, { 0, 0x7e }), true, "T");
     refused(with(cents, { 0, 0xfc }), true, "centroid");
     {
-        std::vector<uint8_t> b = good.blob; // two equal rows of T
-        for (size_t i = T; i < T + 128; i++) {
-            b[i + 128] = b[i];
-        }
-        refused(b, true, "singular");
-        for (size_t i = T; i < T + 128; i++) { // a row of zeros
-            b[i] = 0;
-        }
-        refused(b, true, "singular");
+        const auto row0 = good.blob.begin() + (ptrdiff_t) T;
+        refused(with(T + 128, { row0, row0 + 128 }), true, "singular"); // two equal rows of T
+        refused(with(T, std::vector<uint8_t>(128, 0)), true, "singular");
     }
 }
 
@@ -1041,6 +1035,7 @@ static void bench(const char * filter) {
 }
 
 int main(int argc, char ** argv) {
+    setvbuf(stdout, nullptr, _IONBF, 0); // a crash should not swallow what came before
     if (argc > 1 && strcmp(argv[1], "bench") == 0) {
         bench(argc > 2 ? argv[2] : nullptr);
         return 0;

@@ -6,6 +6,7 @@ Needs torch, transformers, safetensors and sentencepiece. On one CPU core the de
 about twenty minutes. Every file is written under a temporary name and renamed when complete, so an
 interrupted run leaves the previous checkpoint as it was.
 """
+
 import argparse
 import io
 import json
@@ -44,13 +45,16 @@ def train_tokenizer(text: str) -> bytes:
         model_type="bpe",
         vocab_size=VOCAB,
         byte_fallback=True,
-        unk_id=0, bos_id=BOS, eos_id=EOS, pad_id=-1,
+        unk_id=0,
+        bos_id=BOS,
+        eos_id=EOS,
+        pad_id=-1,
         split_digits=True,
         allow_whitespace_only_pieces=True,
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",  # llama.cpp does not apply the NFKC table
         max_sentence_length=16384,
-        num_threads=1,                       # merges are then the same on every machine
+        num_threads=1,  # merges are then the same on every machine
         minloglevel=2,
     )
     return model.getvalue()
@@ -125,11 +129,16 @@ def main() -> int:
     train = torch.tensor(sp.encode(text[:cut]))
     held_out = torch.tensor(sp.encode(text[cut:]))
     if len(train) <= args.seq_len:
-        print(f"{args.text} has {len(train)} tokens, --seq-len {args.seq_len} needs more: "
-              "give a longer text", file=sys.stderr)
+        print(
+            f"{args.text} has {len(train)} tokens, --seq-len {args.seq_len} needs more: give a longer text",
+            file=sys.stderr,
+        )
         return 1
-    print(f"{len(train)} training tokens, {len(held_out)} held out, "
-          f"{len(text) / (len(train) + len(held_out)):.2f} characters per token", flush=True)
+    print(
+        f"{len(train)} training tokens, {len(held_out)} held out, "
+        f"{len(text) / (len(train) + len(held_out)):.2f} characters per token",
+        flush=True,
+    )
 
     config = model_config(n_ctx=2048)
     model = LlamaForCausalLM(config)
@@ -137,8 +146,7 @@ def main() -> int:
     matrices = [p for p in model.parameters() if p.ndim == 2]
     norms = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay},
-         {"params": norms, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": norms, "weight_decay": 0.0}],
         betas=(0.9, 0.98),
     )
 
@@ -158,49 +166,64 @@ def main() -> int:
         if (step + 1) % 50 == 0 or step + 1 == args.steps:
             seconds = time.monotonic() - began
             left = seconds / (step + 1) * (args.steps - step - 1)
-            print(f"step {step + 1:5d}/{args.steps}  loss {smooth:.3f}  "
-                  f"{seconds:.0f} s, about {left:.0f} s left", flush=True)
+            print(
+                f"step {step + 1:5d}/{args.steps}  loss {smooth:.3f}  {seconds:.0f} s, about {left:.0f} s left",
+                flush=True,
+            )
         if (step + 1) % 600 == 0 and step + 1 < args.steps:
             print(f"held-out loss {loss_on(model, held_out, args.seq_len):.3f} nats/token", flush=True)
 
     # Evaluate what ships: the weights after rounding to bf16.
-    weights = {name: p.detach().to(torch.bfloat16).contiguous()
-               for name, p in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name: p.detach().to(torch.bfloat16).contiguous()
+        for name, p in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     model.load_state_dict({name: w.float() for name, w in weights.items()}, strict=False)
     print(f"held-out loss {loss_on(model, held_out, args.seq_len):.3f} nats/token (bf16 weights)", flush=True)
 
     write(args.out / "model.safetensors", save(weights, metadata={"format": "pt"}))
     write(args.out / "tokenizer.model", tokenizer_model)
-    write_json(args.out / "tokenizer_config.json", {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "add_bos_token": True, "add_eos_token": False, "legacy": False,
-        "model_max_length": config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-    })
+    write_json(
+        args.out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "LlamaTokenizer",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": False,
+            "model_max_length": config.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
     write_json(args.out / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS})
-    write_json(args.out / "config.json", {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "torch_dtype": "bfloat16",
-    })
+    write_json(
+        args.out / "config.json",
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "rms_norm_eps": config.rms_norm_eps,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": None,
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+            "torch_dtype": "bfloat16",
+        },
+    )
     return 0
 
 

@@ -6,21 +6,21 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
-from types import FrameType
-from typing import NoReturn
+from importlib import import_module
 
 from .. import __version__
 from ..errors import MillionError
-from . import calibrate, chat, convert, demo, inspect
+from ..signals import terminate
 
 EXIT_OK = 0
 EXIT_FAULT = 2  # a fault of the input, as argparse's own errors
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 DEBUG_VARIABLE = "MILLION_DEBUG"
 
-_COMMANDS = (convert, calibrate, inspect, chat, demo)
+_COMMANDS = ("convert", "calibrate", "inspect", "chat", "demo")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,18 +32,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"million-gguf {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in _COMMANDS:
-        module.add_parser(commands)
+    for name in _COMMANDS:
+        import_module(f".{name}", __name__).add_parser(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a fault of the input, 130 for Ctrl-C."""
-    args = build_parser().parse_args(argv)
     debug = os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     # An interrupted run removes its temporary files, however it was asked to stop.
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
+        args = build_parser().parse_args(argv)
         code: int = args.run(args)
         sys.stdout.flush()
         return code
@@ -68,14 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return fail("out of memory: use a smaller context or model, or a lower --memory")
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def fail(message: str) -> int:
     """Say what is wrong, on one line of stderr, and return the exit code for it."""
     print(f"million: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return EXIT_FAULT
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)

@@ -38,8 +38,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="KV cache type: pq4, pq3, pq2, f16, q8_0, ...; K,V for a pair; auto (the default) is pq4 if the file has "
         "codebooks, else f16",
     )
-    parser.add_argument("-c", "--ctx", type=at_least(0), default=4096, metavar="N", help="context (default: 4096; 0: the model's)")
-    parser.add_argument("-n", "--max-tokens", type=at_least(1), metavar="N", help="longest answer (default: what fits; 256 for a base model)")
+    parser.add_argument(
+        "-c", "--ctx", type=at_least(0), default=4096, metavar="N", help="context (default: 4096; 0: the model's)"
+    )
+    parser.add_argument(
+        "-n",
+        "--max-tokens",
+        type=at_least(1),
+        metavar="N",
+        help="longest answer (default: what fits; 256 for a base model)",
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--temp", type=float, default=0.8, metavar="X", help="temperature; 0 is greedy (default: 0.8)")
     parser.add_argument("--seed", type=at_least(0), metavar="N", help="seed of the sampling (default: random)")
@@ -56,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = _read_stdin()
     if prompt is not None and not prompt.strip():
-        raise InputError("the prompt is empty: give one with -p, on standard input, or run 'million chat' in a terminal")
+        raise InputError(
+            "the prompt is empty: give one with -p, on standard input, or run 'million chat' in a terminal"
+        )
 
     from ..bindings.llama import Llama
 

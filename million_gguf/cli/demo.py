@@ -24,7 +24,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "write and how large their caches are.",
     )
     parser.add_argument("--model", type=Path, metavar="DIR", help="HF checkpoint (default: the one in the repository)")
-    parser.add_argument("-o", "--output", type=Path, metavar="OUT.gguf", help="keep the file (default: a temporary one)")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="OUT.gguf", help="keep the file (default: a temporary one)"
+    )
     add_calibration(parser)
     parser.set_defaults(run=run)
 

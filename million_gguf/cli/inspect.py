@@ -119,7 +119,10 @@ def _print_tables(facts: dict[str, Any]) -> None:
     if books is not None:
         calibration = books["calibration"]
         rows += [
-            ("codebooks", f"format {books['version']}, {books['bytes'] / 1e6:.2f} MB, for model {books['model_digest']}"),
+            (
+                "codebooks",
+                f"format {books['version']}, {books['bytes'] / 1e6:.2f} MB, for model {books['model_digest']}",
+            ),
             ("calibrated", f"{calibration['tokens']} tokens, seed {calibration['seed']}, by {calibration['tool']}"),
             ("text", f"sha256 {calibration['text_digest']}"),
         ]

@@ -55,12 +55,18 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, metavar="FILE", help="UTF-8 text like what the model will read (default: one that ships)"
     )
     group.add_argument(
-        "--tokens", type=at_least(1), default=DEFAULT_TOKENS, metavar="N", help="tokens of it to use (default: %(default)s)"
+        "--tokens",
+        type=at_least(1),
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help="tokens of it to use (default: %(default)s)",
     )
     group.add_argument(
         "--ctx", type=at_least(32), default=DEFAULT_CTX, metavar="N", help="tokens per context (default: %(default)s)"
     )
-    group.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same codebooks (default: 0)")
+    group.add_argument(
+        "--seed", type=at_least(0), default=0, metavar="N", help="same seed, same codebooks (default: 0)"
+    )
     group.add_argument(
         "--memory", type=positive_float, metavar="GIB", help="memory for sampled rows (default: 40%% of what is free)"
     )
