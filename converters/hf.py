@@ -36,7 +36,7 @@ from .gguf import (
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
 _BYTES_PER_WEIGHT = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.0625, "tq1_0": 0.25, "tq2_0": 0.3, "auto": 2.0}
-_MODULES = ("torch", "transformers", "sentencepiece", "numpy")
+_MODULES = ("torch", "transformers", "sentencepiece", "safetensors", "yaml", "tqdm")  # yaml comes as pyyaml
 _INSTALL = "pip install million-gguf[convert]"
 
 # Options that would make something other than one complete model file.
@@ -158,9 +158,8 @@ def _removed(folder: Path) -> Iterator[None]:
 
 def _run_converter(source: Path, out: Path, outtype: str, extra: Sequence[str], verbose: bool, progress: bool) -> None:
     script = paths.vendor_dir("convert") / "convert_hf_to_gguf.py"
-    env = {
-        k: v for k, v in os.environ.items() if k != "NO_LOCAL_GGUF"
-    }  # else it would take another gguf-py than its own
+    # With NO_LOCAL_GGUF set it would take another gguf-py than its own.
+    env = {k: v for k, v in os.environ.items() if k != "NO_LOCAL_GGUF"}
     env["PYTHONUNBUFFERED"] = "1"
     command = [sys.executable, str(script), str(source.resolve()), "--outfile", str(out), "--outtype", outtype, *extra]
     with stage("convert", 100, enabled=progress and not verbose) as bar:

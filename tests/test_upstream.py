@@ -42,7 +42,7 @@ def test_backend_ops_with_pq_operands() -> None:
 
 @pytest.mark.native
 def test_backend_ops_that_share_our_dispatch() -> None:
-    run("test-backend-ops", "test", "-b", "CPU", "-o", "SET_ROWS")
+    run("test-backend-ops", "test", "-b", "CPU", "-o", "SET_ROWS", "-p", "type_dst=q8_0")
 
 
 @pytest.mark.native

@@ -1,5 +1,6 @@
 #include "pq-codebook.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -104,70 +105,77 @@ bool f32_all_finite(const uint8_t * p, size_t n_bytes) {
     return true;
 }
 
-// Gauss-Jordan with partial pivoting: a becomes the identity, inv the inverse of what a was.
-bool invert(std::vector<double> & a, std::vector<double> & inv, size_t n) {
-    inv.assign(n * n, 0.0);
-    for (size_t i = 0; i < n; i++) {
-        inv[i * n + i] = 1.0;
-    }
-    for (size_t col = 0; col < n; col++) {
-        size_t pivot = col;
-        for (size_t r = col + 1; r < n; r++) {
-            if (std::fabs(a[r * n + col]) > std::fabs(a[pivot * n + col])) {
+// Gauss-Jordan with partial pivoting, in place: two thirds of the work of one that carries the identity along, which
+// counts when a file holds hundreds of heads.
+bool invert(std::vector<double> & a, size_t n) {
+    std::vector<size_t> swapped(n);
+    for (size_t k = 0; k < n; k++) {
+        size_t pivot = k;
+        for (size_t r = k + 1; r < n; r++) {
+            if (std::fabs(a[r * n + k]) > std::fabs(a[pivot * n + k])) {
                 pivot = r;
             }
         }
-        const double p = a[pivot * n + col];
+        swapped[k] = pivot;
+        const double p = a[pivot * n + k];
         if (!(std::fabs(p) > 0.0)) {
             return false;
         }
-        if (pivot != col) {
-            for (size_t j = 0; j < n; j++) {
-                std::swap(a[pivot * n + j], a[col * n + j]);
-                std::swap(inv[pivot * n + j], inv[col * n + j]);
-            }
+        if (pivot != k) {
+            std::swap_ranges(a.begin() + (ptrdiff_t) (pivot * n), a.begin() + (ptrdiff_t) (pivot * n + n),
+                             a.begin() + (ptrdiff_t) (k * n));
         }
-        double * a_col   = &a[col * n];
-        double * inv_col = &inv[col * n];
+        double * row_k = &a[k * n];
+        row_k[k] = 1.0;
         for (size_t j = 0; j < n; j++) {
-            a_col[j]   /= p;
-            inv_col[j] /= p;
+            row_k[j] /= p;
         }
         for (size_t r = 0; r < n; r++) {
-            const double f = a[r * n + col];
-            if (r == col || f == 0.0) {
+            double     * row_r = &a[r * n];
+            const double f     = row_r[k];
+            if (r == k || f == 0.0) {
                 continue;
             }
-            double * a_row   = &a[r * n];
-            double * inv_row = &inv[r * n];
-            for (size_t j = col; j < n; j++) { // what lies left of col is zero already
-                a_row[j] -= f * a_col[j];
-            }
+            row_r[k] = 0.0;
             for (size_t j = 0; j < n; j++) {
-                inv_row[j] -= f * inv_col[j];
+                row_r[j] -= f * row_k[j];
+            }
+        }
+    }
+    for (size_t k = n; k-- > 0;) { // rows swapped on the way in are columns swapped on the way out
+        if (swapped[k] != k) {
+            for (size_t r = 0; r < n; r++) {
+                std::swap(a[r * n + k], a[r * n + swapped[k]]);
             }
         }
     }
     return true;
 }
 
-// Largest deviation of T * inv from the identity.
+// How far T * inv is from the identity: largest element of T (inv v) - v over a few vectors v of signs. The full product
+// would cost as much as the inversion, and tell no more: a singular T is off by far in almost every direction.
 double inverse_residual(const std::vector<double> & T, const std::vector<double> & inv, size_t n) {
-    double worst = 0.0;
-    std::vector<double> row(n);
-    for (size_t i = 0; i < n; i++) {
-        row.assign(n, 0.0);
-        for (size_t k = 0; k < n; k++) {
-            const double   t = T[i * n + k];
-            const double * b = &inv[k * n];
+    double   worst = 0.0;
+    uint32_t bits  = 1;
+    std::vector<double> v(n), w(n);
+    for (int probe = 0; probe < 4; probe++) {
+        for (size_t i = 0; i < n; i++) {
+            bits = bits * 1664525u + 1013904223u;
+            v[i] = bits >> 31 ? 1.0 : -1.0;
+        }
+        for (size_t i = 0; i < n; i++) {
+            w[i] = 0.0;
             for (size_t j = 0; j < n; j++) {
-                row[j] += t * b[j];
+                w[i] += inv[i * n + j] * v[j];
             }
         }
-        row[i] -= 1.0;
-        for (size_t j = 0; j < n; j++) {
-            if (!(std::fabs(row[j]) <= worst)) { // a NaN becomes the worst and stays it
-                worst = std::fabs(row[j]);
+        for (size_t i = 0; i < n; i++) {
+            double r = -v[i];
+            for (size_t j = 0; j < n; j++) {
+                r += T[i * n + j] * w[j];
+            }
+            if (!(std::fabs(r) <= worst)) { // a NaN becomes the worst and stays it
+                worst = std::fabs(r);
             }
         }
     }
@@ -325,7 +333,7 @@ bool pq_codebook_build(const pq_blob & blob, uint8_t * dst, std::string & error)
                     blob.payload.size(), parts.total() * (size_t) blob.n_head_kv);
     }
 
-    std::vector<double> T(n * n), work, inv;
+    std::vector<double> T(n * n), inv;
     for (int32_t h = 0; h < blob.n_head_kv; h++) {
         const uint8_t * src  = blob.payload.data() + (size_t) h * parts.total();
         uint8_t       * head = dst + (size_t) h * layout.head_bytes;
@@ -345,8 +353,8 @@ bool pq_codebook_build(const pq_blob & blob, uint8_t * dst, std::string & error)
             }
             src += parts.T;
 
-            work = T;
-            if (!invert(work, inv, n)) {
+            inv = T;
+            if (!invert(inv, n)) {
                 return fail(error, "codebook head %d: found a singular transform, needs an invertible one", h);
             }
             // A pivot is hardly ever exactly zero: what tells a singular T is that its inverse does not invert it.

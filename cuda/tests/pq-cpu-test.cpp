@@ -152,10 +152,11 @@ static std::vector<uint8_t> make_blob(pq_type type, int D, int H, bool transform
             memcpy(&bits, &f, 4);
             put(payload, bits, 4);
         }
-        if (transform) { // close to the identity, with a spread of scales: well conditioned and not symmetric
+        if (transform) { // close to a permutation, with a spread of scales: well conditioned and not symmetric
             for (int i = 0; i < D; i++) {
                 for (int j = 0; j < D; j++) {
-                    put(payload, to_f16((i == j ? 0.5f + (float) (i % 7) * 0.2f : 0.0f) + 0.4f * r.normal() / sqrtf((float) D)), 2);
+                    const bool on = h % 2 ? (i + D / 2 - 1) % D == j : i == j; // off the diagonal the inversion must swap rows
+                    put(payload, to_f16((on ? 0.5f + (float) (i % 7) * 0.2f : 0.0f) + 0.4f * r.normal() / sqrtf((float) D)), 2);
                 }
             }
         }
