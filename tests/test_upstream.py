@@ -51,10 +51,17 @@ def test_quantize_fns() -> None:
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("name", ["test-state-restore-fragmented", "test-save-load-state"])
 @pytest.mark.parametrize("cache", ["f16", "pq4"])
-def test_state_restore(demo_gguf: Path, name: str, cache: str) -> None:
-    run(name, "-m", demo_gguf, "-ctk", cache, "-ctv", cache, "-t", "2", "-c", "512")
+def test_state_restore_fragmented(demo_gguf: Path, cache: str) -> None:
+    run("test-state-restore-fragmented", "-m", demo_gguf, "-ctk", cache, "-ctv", cache, "-t", "2", "-c", "512")
+
+
+@pytest.mark.native
+def test_save_load_state(demo_gguf: Path) -> None:
+    # f16 only: llama_io_read_device counts the blocks of a quantized cache as elements, so upstream's own program
+    # crashes in its device copies with every quantized type (q4_0 too). State in host memory, with PQ types, is tested
+    # in test_bindings.py.
+    run("test-save-load-state", "-m", demo_gguf, "-t", "2", "-c", "512")
 
 
 @pytest.mark.native
