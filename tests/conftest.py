@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,10 @@ from helpers import make_set, write_model  # noqa: E402
 
 from million_gguf import container, paths  # noqa: E402
 from million_gguf.errors import MillionError  # noqa: E402
+
+# A shell starts background jobs with SIGINT ignored, and children would inherit that: the tests of Ctrl-C need it back.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 N_TOKENS = 8192  # calibration tokens of the demo model in tests: quick, and enough for text that makes sense
