@@ -715,7 +715,16 @@ void tile_values(attn_item_ctx * c, int64_t cell0, int64_t n) {
         case PQ_TYPE_PQ2: load_v_tile<PQ_TYPE_PQ2>(c, cell0, n); break;
         default:
             for (int64_t t = 0; t < PQ_KV_TILE; t++) {
-                v.to_float(c->v_data + (cell0 + pq_min(t, n - 1)) * v.row_stride, c->s.row, v.D);
+                // a cell that no row sees may hold anything, and 0 * NaN is not 0
+                bool seen = false;
+                for (int64_t r = 0; r < c->n_rows && !seen; r++) {
+                    seen = c->s.s[r * PQ_KV_TILE + t] != 0.0f;
+                }
+                if (seen) {
+                    v.to_float(c->v_data + (cell0 + pq_min(t, n - 1)) * v.row_stride, c->s.row, v.D);
+                } else {
+                    memset(c->s.row, 0, (size_t) v.D * sizeof(float));
+                }
                 for (int64_t d = 0; d < v.D; d += PW) {
                     memcpy(c->s.vt + (d / PW * PQ_KV_TILE + t) * PW, c->s.row + d, (size_t) pq_min(PW, v.D - d) * sizeof(float));
                 }
