@@ -1,7 +1,7 @@
 # make demo [MODEL=path]   set up, convert a HuggingFace checkpoint, calibrate, chat with a PQ cache
 # make test                set up and run the whole test suite
 # make tools               llama.cpp's tools with the PQ cache types, in build/cmake/bin
-# make lint                ruff, mypy and the layer check
+# make lint                ruff and mypy
 # CMAKE_ARGS is passed to llama.cpp's build: make test CMAKE_ARGS=-DGGML_CUDA=ON
 
 VENV   ?= .venv

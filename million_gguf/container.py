@@ -831,7 +831,7 @@ def check_fits(codebooks: CodebookSet, model: Model) -> None:
                 for i, cb in enumerate(layers):
                     if cb is not None and (cb.D, cb.n_head_kv) != (D[i], shape.n_head_kv[i]):
                         raise MismatchError(
-                            f"{h.path}: blk.{i} {side} {name} codebook is for head size {cb.D} and {cb.n_head_kv} KV heads, "  # noqa: E501
+                            f"{h.path}: blk.{i} {side} {name} codebook is for head size {cb.D} and {cb.n_head_kv} KV heads, "
                             f"the model has {D[i]} and {shape.n_head_kv[i]}: {_RECALIBRATE}"
                         )
 
