@@ -1,5 +1,6 @@
 # make demo [MODEL=path]   set up, convert a HuggingFace checkpoint, calibrate, chat with a PQ cache
 # make test                set up and run the whole test suite
+# make test-gpu            on a machine with a CUDA device: build for it, and run the tests that need one
 # make tools               llama.cpp's tools with the PQ cache types, in build/cmake/bin
 # make lint                ruff and mypy
 # CMAKE_ARGS is passed to llama.cpp's build: make test CMAKE_ARGS=-DGGML_CUDA=ON
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 
 NATIVE := $(shell find CMakeLists.txt pyproject.toml cuda -type f 2>/dev/null)
 
-.PHONY: demo test tools upstream-tests lint clean
+.PHONY: demo test test-gpu tools upstream-tests lint clean
 
 # torch is for the converter; the CPU build is enough and much smaller
 TORCH ?= torch==2.13.0
@@ -39,6 +40,18 @@ tools: $(VENV)/.package
 
 test: upstream-tests lint
 	MILLION_REQUIRE_NATIVE=1 MILLION_TOOLS_DIR=$(CURDIR)/build/cmake/bin $(BIN)/python -m pytest
+
+$(VENV)/.package-cuda: $(VENV)/.python $(NATIVE)
+	$(BIN)/python -m pip install --verbose --no-build-isolation --editable ".[convert,test,dev]"
+	touch $(VENV)/.package $@
+
+test-gpu: export CMAKE_ARGS += -DGGML_CUDA=ON
+test-gpu: $(VENV)/.package-cuda
+	$(BIN)/cmake --build build/cmake --target million-upstream-tests
+	$(BIN)/cmake -S cuda -B build/cuda -DMILLION_CUDA=ON
+	$(BIN)/cmake --build build/cuda --target pq-cuda-test --parallel
+	MILLION_REQUIRE_NATIVE=1 MILLION_TOOLS_DIR=$(CURDIR)/build/cmake/bin MILLION_CUDA_TEST=$(CURDIR)/build/cuda/pq-cuda-test \
+		$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check .

@@ -29,6 +29,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         kv_cache: the cache's element type: "pq4", "pq3", "pq2", or any of llama.cpp's ("f16", "q8_0", "q4_0", ...);
             a pair for K and V apart, as ``("pq4", "pq2")``; or "auto", which takes a PQ type when the file has
             codebooks and f16 when it has none, and says which on stderr. None leaves ``type_k`` and ``type_v`` alone.
+        kv_tail: tokens per sequence that a PQ cache also keeps exact, in f16; attention reads these instead of their codes. 0 turns
+            the tail off; None takes the environment variable ``MILLION_KV_TAIL``, or 128.
 
     Raises:
         InputError: the type is unknown, the arguments contradict each other, or there is no such file.
@@ -41,12 +43,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         model_path: str | os.PathLike[str],
         *,
         kv_cache: str | Sequence[str] | None = None,
+        kv_tail: int | None = None,
         **kwargs: Any,
     ) -> None:
         path = os.fspath(model_path)
         self._kv_cache = kv_cache if kv_cache is None or isinstance(kv_cache, str) else tuple(kv_cache)
         self._kv_auto = isinstance(kv_cache, str) and kv_cache.strip().lower() == AUTO
+        self._kv_tail = kv_tail
         self._loading_path = path
+        if kv_tail is not None and (not isinstance(kv_tail, int) or not 0 <= kv_tail <= 1 << 20):
+            raise InputError(f"kv_tail is {kv_tail!r}: give a number of tokens from 0 (no tail) to {1 << 20}")
         types = None if kv_cache is None or self._kv_auto else parse(kv_cache)
         if kv_cache is not None and (kwargs.get("type_k") is not None or kwargs.get("type_v") is not None):
             raise InputError("both kv_cache and type_k/type_v are given: give kv_cache alone")
@@ -64,7 +70,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             raise InputError(f"{path} is not a file: give a GGUF file")
         verbose = kwargs.get("verbose", True)
         try:
-            with _native_errors(f"cannot load {path}", echo=verbose) as log:
+            with native.kv_tail(kv_tail), _native_errors(f"cannot load {path}", echo=verbose) as log:
                 super().__init__(path, **kwargs)
                 if self.lora_path and not self._lora_adapter:  # llama_cpp looks for None, and gets a null pointer
                     raise NativeError(f"cannot load the LoRA adapter {self.lora_path}: {log.reason('no reason given')}")
@@ -125,19 +131,24 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Bytes of the cache's tensors, for the whole context; 0 when the model keeps none."""
-        return native.cache_bytes(self.ctx).bytes_total
+        """Bytes of the cache's tensors, for the whole context and without the exact tail; 0 when the model keeps none."""
+        info = native.cache_info(self.ctx)
+        return info.bytes_k + info.bytes_v
 
     @property
     def kv_cache_bytes_f16(self) -> int:
         """Bytes that the same cache would take in f16."""
-        now = native.cache_bytes(self.ctx)
-        total = 0
-        for number, n_bytes in ((now.type_k, now.bytes_k), (now.type_v, now.bytes_v)):
-            if n_bytes:
-                t = BY_NUMBER[number]
-                total += n_bytes // t.block_bytes * t.block_elems * 2
-        return total
+        return native.cache_info(self.ctx).bytes_f16
+
+    @property
+    def kv_tail_bytes(self) -> int:
+        """Bytes of the exact tail, room for one micro-batch per stream included; 0 without one."""
+        return native.cache_info(self.ctx).bytes_tail
+
+    @property
+    def kv_tail(self) -> int:
+        """Tokens per sequence that the cache also keeps exact; 0 without a tail."""
+        return native.cache_info(self.ctx).n_tail
 
     def eval(self, tokens: Sequence[int]) -> None:
         """As ``llama_cpp.Llama.eval``. Raises NativeError, with llama.cpp's reason, when the decode fails."""
@@ -161,6 +172,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
         if self._kv_cache is not None:
             state["kv_cache"] = self._kv_cache
             del state["type_k"], state["type_v"]
+        if self._kv_tail is not None:
+            state["kv_tail"] = self._kv_tail
         return state
 
 

@@ -1,9 +1,10 @@
-"""The C functions that our libllama adds to llama.h, with their ctypes signatures (cuda/overlay/src/llama-million.h)."""
+"""The C functions that our libllama adds to llama.h, with their ctypes signatures (cuda/overlay/llama/llama-million.h)."""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -11,8 +12,32 @@ from . import _load, native_log
 
 CAPTURE_K, CAPTURE_V, CAPTURE_Q = 0, 1, 2  # enum million_capture_kind
 
-_int32_p = ctypes.POINTER(ctypes.c_int32)
-_uint64_p = ctypes.POINTER(ctypes.c_uint64)
+
+class CacheInfo(ctypes.Structure):
+    """``struct million_cache_info``: types and bytes of a context's KV cache. Types are -1 for a context without one."""
+
+    type_k: int
+    type_v: int
+    bytes_k: int
+    bytes_v: int
+    bytes_f16: int
+    bytes_tail: int
+    bytes_codebooks: int
+    n_tail: int
+    n_slots: int
+    _fields_ = [
+        ("type_k", ctypes.c_int32),
+        ("type_v", ctypes.c_int32),
+        ("bytes_k", ctypes.c_uint64),
+        ("bytes_v", ctypes.c_uint64),
+        ("bytes_f16", ctypes.c_uint64),
+        ("bytes_tail", ctypes.c_uint64),
+        ("bytes_codebooks", ctypes.c_uint64),
+        ("n_tail", ctypes.c_uint32),
+        ("n_slots", ctypes.c_uint32),
+    ]
+
+
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "million_capture_init": ([ctypes.c_uint32, ctypes.c_uint64], ctypes.c_void_p),
     "million_capture_n_layer": ([ctypes.c_void_p], ctypes.c_int32),
@@ -26,7 +51,8 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     ),
     "million_capture_free": ([ctypes.c_void_p], None),
     "million_model_check": ([ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32], ctypes.c_char_p),
-    "million_cache_bytes": ([ctypes.c_void_p, _int32_p, _int32_p, _uint64_p, _uint64_p], ctypes.c_uint64),
+    "million_get_cache_info": ([ctypes.c_void_p, ctypes.POINTER(CacheInfo)], None),
+    "million_set_kv_tail": ([ctypes.c_int32], ctypes.c_int32),
 }
 
 
@@ -67,22 +93,18 @@ def model_metadata(model: Any, key: str) -> str | None:
         size = n + 1
 
 
-@dataclass(frozen=True)
-class CacheBytes:
-    """ggml types and bytes of a context's KV cache. All zero for a context without one."""
-
-    type_k: int
-    type_v: int
-    bytes_k: int
-    bytes_v: int
-    bytes_total: int
-
-
-def cache_bytes(ctx: Any) -> CacheBytes:
+def cache_info(ctx: Any) -> CacheInfo:
     """Types and bytes of the cache of ``ctx`` (a ``llama_context *``)."""
-    type_k, type_v = ctypes.c_int32(), ctypes.c_int32()
-    bytes_k, bytes_v = ctypes.c_uint64(), ctypes.c_uint64()
-    total = lib().million_cache_bytes(
-        ctx, ctypes.byref(type_k), ctypes.byref(type_v), ctypes.byref(bytes_k), ctypes.byref(bytes_v)
-    )
-    return CacheBytes(type_k.value, type_v.value, bytes_k.value, bytes_v.value, total)
+    info = CacheInfo()
+    lib().million_get_cache_info(ctx, ctypes.byref(info))
+    return info
+
+
+@contextmanager
+def kv_tail(n_tokens: int | None) -> Iterator[None]:
+    """Contexts that this thread makes inside have an exact tail of ``n_tokens`` per sequence; None: the default."""
+    before = lib().million_set_kv_tail(-1 if n_tokens is None else n_tokens)
+    try:
+        yield
+    finally:
+        lib().million_set_kv_tail(before)

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from .. import __version__, container, paths
 from ..errors import InputError, MismatchError
 from ..progress import note, stage
@@ -19,6 +22,7 @@ from ..spec import PQ_TYPES, PQSpec, get_spec
 
 if TYPE_CHECKING:
     from ..pq_ref import Codebook
+    from .capture import Capture
 
 DEFAULT_TYPES = tuple(PQ_TYPES)
 DEFAULT_TOKENS = 32768
@@ -270,7 +274,7 @@ def calibrate(
 
 
 def _train(
-    rows: object,
+    rows: Capture,
     shape: container.ModelShape,
     specs: Sequence[PQSpec],
     seed: int,
@@ -279,10 +283,9 @@ def _train(
     progress: bool,
 ) -> dict[str, container.TypeCodebooks]:
     """Codebooks of every type for every layer that wrote rows. Only one layer's rows are in Python at a time."""
-    from .. import codebook
-    from .capture import Capture, K, V
+    from .. import codebook, transform
+    from .capture import K, V
 
-    assert isinstance(rows, Capture)
     n_layer = shape.block_count
     if rows.n_layer > n_layer:
         raise MismatchError(f"{src}: the model has {n_layer} layers, but layer {rows.n_layer - 1} wrote KV rows")
@@ -295,7 +298,8 @@ def _train(
         raise MismatchError(
             f"{src}: no layer wrote both K and V rows, so there is nothing to calibrate: {_OTHER_TYPES}"
         )
-    with stage("train", len(coded) * 2 * len(specs), enabled=progress) as bar:
+    plain: dict[int, list[int]] = {K: [], V: []}  # layers without a metric
+    with stage("train", len(coded) * 2 * len(specs), enabled=progress) as bar, container.GGUFHeader(src) as header:
         for layer in coded:
             for kind, sizes in ((K, shape.D_k), (V, shape.D_v)):
                 expected = (shape.n_head_kv[layer], sizes[layer])
@@ -306,17 +310,60 @@ def _train(
                         f"the metadata says {expected} (heads, head size): {_OTHER_TYPES}"
                     )
                 sample = rows.rows(layer, kind)
+                metric = _query_metric(rows, shape, layer) if kind == K else _output_metric(header, shape, layer)
+                if metric is None:
+                    plain[kind].append(layer)
+                basis = transform.fit(sample, metric)
                 for spec in specs:
                     books[spec.name][kind][layer], errors[spec.name][kind][layer] = codebook.train_side(
-                        sample, spec, seed, n_threads=n_threads or 0
+                        sample, spec, seed, T=basis.transform(spec.dsub), n_threads=n_threads or 0
                     )
                     bar.advance()
+    for kind, what in ((K, "queries were captured"), (V, "output projection was found")):
+        if plain[kind]:
+            note(
+                f"no {what} for {len(plain[kind])} layers (the first is {plain[kind][0]}): "
+                f"their {'K' if kind == K else 'V'} codebooks weigh all errors alike, which is a little less accurate",
+                enabled=progress,
+            )
     return {
         s.name: container.TypeCodebooks(
             k=books[s.name][K], v=books[s.name][V], k_error=errors[s.name][K], v_error=errors[s.name][V]
         )
         for s in specs
     }
+
+
+def _query_metric(rows: Capture, shape: container.ModelShape, layer: int) -> npt.NDArray[np.float64] | None:
+    """What errors in K of a layer cost; None when its queries are not rows of the same heads."""
+    from .. import transform
+    from .capture import Q
+
+    if rows.shape(layer, Q) != (shape.n_head[layer], shape.D_k[layer]):
+        return None
+    return transform.query_metric(rows.rows(layer, Q), shape.n_head_kv[layer])
+
+
+def _output_metric(
+    header: container.GGUFHeader, shape: container.ModelShape, layer: int
+) -> npt.NDArray[np.float64] | None:
+    """What errors in V of a layer cost; None when its output projection has another name, shape, or a type that gguf-py
+    cannot decode."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    from .. import transform
+
+    n_head, n_head_kv, D = shape.n_head[layer], shape.n_head_kv[layer], shape.D_v[layer]
+    tensor = header.tensors.get(f"blk.{layer}.attn_output.weight")
+    if tensor is None or tensor.n_bytes is None or len(tensor.dims) != 2 or tensor.dims[0] != n_head * D:
+        return None
+    raw = np.frombuffer(header.bytes(tensor.offset, tensor.offset + tensor.n_bytes), dtype=np.uint8)
+    try:
+        weight = dequantize(raw.reshape(tensor.dims[1], -1), GGMLQuantizationType(tensor.type))
+    except NotImplementedError:
+        return None
+    return transform.output_metric(weight, n_head_kv, D)
 
 
 def _mean(values: Sequence[float]) -> float:

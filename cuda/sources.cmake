@@ -1,11 +1,12 @@
-# The C++ sources of the CPU kernels, for cuda/CMakeLists.txt and for the ggml-cpu target of the patched llama.cpp.
+# The sources of the kernels, for cuda/CMakeLists.txt and for the ggml-cpu and ggml-cuda targets of the patched llama.cpp.
 #
 #   PQ_SOURCES_BASE, PQ_SOURCES_AVX2, PQ_SOURCES_AVX512   paths relative to this folder
 #   PQ_FLAGS_BASE, PQ_FLAGS_AVX2, PQ_FLAGS_AVX512         compile flags of each list, empty where the compiler has none
+#   PQ_SOURCES_CUDA, PQ_FLAGS_CUDA                        the same for CUDA; its flags are for the whole target
 #   pq_set_source_flags(<folder>)                         gives the sources, found in <folder>, their flags. Source properties
 #                                                         hold in the directory scope that sets them: call it where the target is.
 #
-# All sources are compiled on every architecture; one whose instruction set is not enabled turns into a stub.
+# All C++ sources are compiled on every architecture; one whose instruction set is not enabled turns into a stub.
 
 set(PQ_SOURCES_BASE   pq/pq-codebook.cpp cpu/pq-cpu.cpp cpu/pq-kernels-scalar.cpp)
 set(PQ_SOURCES_AVX2   cpu/pq-kernels-avx2.cpp)
@@ -44,3 +45,8 @@ macro(pq_set_source_flags folder)
         endforeach()
     endforeach()
 endmacro()
+
+file(GLOB PQ_SOURCES_CUDA RELATIVE ${CMAKE_CURRENT_LIST_DIR} CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/kernels/*.cu)
+
+# Not ggml's -use_fast_math: it flushes small distances to zero, and codes would differ from the CPU's.
+set(PQ_FLAGS_CUDA "")

@@ -1,6 +1,6 @@
 """The C++ CPU kernels from Python: ctypes over ``libmillion-pq``, NumPy arrays in and out.
 
-The structs mirror ``cuda/cpu/pq-cpu.h``. Native code trusts its caller, so every wrapper checks shapes, dtypes, strides
+The structs mirror ``cuda/pq/pq-params.h``. Native code trusts its caller, so every wrapper checks shapes, dtypes, strides
 and indices first and raises ``MismatchError``; a library that is missing or refuses raises ``NativeError``.
 
 The library is looked for at ``$MILLION_PQ_LIB``, else where ``paths.library`` finds it, else in ``million_gguf/lib/``.
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from . import container, paths, pq_ref
 from .errors import MismatchError, NativeError
-from .pq_ref import Codebook, Coded, Side
+from .pq_ref import Codebook, Coded, Side, Tail
 
 _LIB_ENV = "MILLION_PQ_LIB"
 _PQ_TYPE_COUNT = 3  # "no codes" in pq_attn_side.type
@@ -29,7 +29,7 @@ _ALIGN = 64  # parts of a head block lie at multiples of this (pq-layout.h)
 SIMD_NAMES = ("scalar", "avx2", "avx512")
 
 
-# ---- structs: field for field as in pq-cpu.h ----
+# ---- structs: field for field as in pq-params.h ----
 
 
 class _EncodeParams(C.Structure):
@@ -47,6 +47,9 @@ class _EncodeParams(C.Structure):
         ("codes", C.c_void_p),
         ("codes_row_stride", C.c_size_t),
         ("row_idx", C.c_void_p),
+        ("tail", C.c_void_p),
+        ("tail_row_stride", C.c_size_t),
+        ("tail_idx", C.c_void_p),
     ]
 
 
@@ -80,6 +83,23 @@ class _AttnSide(C.Structure):
     ]
 
 
+class _AttnTail(C.Structure):
+    _fields_ = [
+        ("n", C.c_int64),
+        ("k", C.c_void_p),
+        ("k_row_stride", C.c_size_t),
+        ("k_head_stride", C.c_size_t),
+        ("k_stream_stride", C.c_size_t),
+        ("v", C.c_void_p),
+        ("v_row_stride", C.c_size_t),
+        ("v_head_stride", C.c_size_t),
+        ("v_stream_stride", C.c_size_t),
+        ("mask", C.c_void_p),
+        ("mask_token_stride", C.c_size_t),
+        ("mask_stream_stride", C.c_size_t),
+    ]
+
+
 class _AttnParams(C.Structure):
     _fields_ = [
         ("n_head", C.c_int32),
@@ -99,6 +119,7 @@ class _AttnParams(C.Structure):
         ("mask_stream_stride", C.c_size_t),
         ("n_head_mask", C.c_int32),
         ("n_stream_mask", C.c_int32),
+        ("tail", _AttnTail),
         ("sinks", C.c_void_p),
         ("scale", C.c_float),
         ("max_bias", C.c_float),
@@ -239,6 +260,8 @@ def encode(
     *,
     row_idx: npt.NDArray[np.int64] | None = None,
     out: npt.NDArray[np.uint8] | None = None,
+    tail: npt.NDArray[np.float16] | None = None,
+    tail_idx: npt.NDArray[np.int64] | None = None,
     n_threads: int = 0,
 ) -> npt.NDArray[np.uint8]:
     """Rows -> codes, as ``pq_ref.encode`` defines.
@@ -247,6 +270,8 @@ def encode(
         x: f32 or f16 ``[n_rows, n_head_kv, D]``; rows and heads may be strided.
         row_idx: i64 ``[n_rows]``, the cell of each row in ``out``; None: 0, 1, 2, ... Cells must be distinct.
         out: u8 ``[n_cells, n_head_kv, head_bytes]``, written in place; None: a new array of n_rows cells.
+        tail: f16 ``[n_slots, n_head_kv, D]``, the exact tail, written in place: the rows that ``tail_idx`` names.
+        tail_idx: i64 ``[n_rows]``, the slot of each row in ``tail``; negative: not kept. Slots must be distinct.
         n_threads: 0: all cores.
 
     Returns:
@@ -285,6 +310,27 @@ def encode(
             f"row_idx points outside of the {out.shape[0]} cells of out",
         )
         _need(len(np.unique(row_idx)) == n_rows, "row_idx names a cell twice")
+    _need((tail is None) == (tail_idx is None), "found one of tail and tail_idx, need both or neither")
+    if tail is not None and tail_idx is not None:
+        _need(
+            tail.dtype == np.float16
+            and tail.ndim == 3
+            and tail.shape[1:] == (cb.n_head_kv, cb.D)
+            and tail.flags.writeable,
+            f"tail is {tail.dtype} {list(tail.shape)}, need writeable float16 [n_slots, {cb.n_head_kv}, {cb.D}]",
+        )
+        _row_strides(tail, "tail")
+        _need(cb.n_head_kv == 1 or tail.strides[1] == 2 * cb.D, "tail: the heads of a slot are not contiguous")
+        _need(
+            tail_idx.dtype == np.int64 and tail_idx.shape == (n_rows,) and tail_idx.flags.c_contiguous,
+            f"tail_idx is {tail_idx.dtype} {list(tail_idx.shape)}, need contiguous int64 [{n_rows}]",
+        )
+        kept = tail_idx[tail_idx >= 0]
+        _need(
+            kept.size == 0 or kept.max() < tail.shape[0],
+            f"tail_idx points outside of the {tail.shape[0]} slots of tail",
+        )
+        _need(len(np.unique(kept)) == kept.size, "tail_idx names a slot twice")
     if n_rows == 0:
         return out
     block = build(cb)
@@ -294,6 +340,8 @@ def encode(
         x=x.ctypes.data, x_f16=int(x.dtype == np.float16), x_row_stride=x.strides[0], x_head_stride=x.strides[1],
         codes=out.ctypes.data, codes_row_stride=out.strides[0],
         row_idx=None if row_idx is None else row_idx.ctypes.data,
+        tail=None if tail is None else tail.ctypes.data, tail_row_stride=0 if tail is None else tail.strides[0],
+        tail_idx=None if tail_idx is None else tail_idx.ctypes.data,
     )  # fmt: skip
     load().million_pq_encode(C.byref(p), thread_count(n_threads))
     return out
@@ -333,6 +381,7 @@ def attention(
     *,
     scale: float,
     mask: npt.NDArray[np.float16] | None = None,
+    tail: Tail | None = None,
     sinks: npt.NDArray[np.float32] | None = None,
     max_bias: float = 0.0,
     logit_softcap: float = 0.0,
@@ -371,6 +420,10 @@ def attention(
             f"mask is {mask.dtype} {list(mask.shape)}, need float16 [*, *, {n_q}, {n_kv}]",
         )
         _row_strides(mask, "mask")
+    if tail is not None:
+        pq_ref.check_tail(tail, n_stream, n_q, n_head_kv, D_k, D_v)
+        for name, a in (("k", tail.k), ("v", tail.v), ("mask", tail.mask)):
+            _row_strides(a, f"tail {name}")
     if sinks is not None:
         _need(
             sinks.dtype == np.float32 and sinks.shape == (n_head,) and sinks.flags.c_contiguous,
@@ -405,6 +458,13 @@ def attention(
         p.mask = mask.ctypes.data
         p.mask_stream_stride, p.mask_head_stride, p.mask_token_stride = mask.strides[:3]
         p.n_stream_mask, p.n_head_mask = mask.shape[:2]
+    if tail is not None:
+        p.tail = _AttnTail(
+            n=tail.mask.shape[2],
+            k=tail.k.ctypes.data, k_row_stride=tail.k.strides[1], k_head_stride=tail.k.strides[2], k_stream_stride=tail.k.strides[0],
+            v=tail.v.ctypes.data, v_row_stride=tail.v.strides[1], v_head_stride=tail.v.strides[2], v_stream_stride=tail.v.strides[0],
+            mask=tail.mask.ctypes.data, mask_token_stride=tail.mask.strides[1], mask_stream_stride=tail.mask.strides[0],
+        )  # fmt: skip
     lib.million_pq_attn(C.byref(p), thread_count(n_threads))
     return out
 

@@ -5,9 +5,12 @@ The C++ and CUDA kernels are tested against this file. It is written to be read:
 Method: MILLION (DAC'25, arXiv 2504.03661), product quantization after Jegou et al. (PAMI 2011), with a linear map per
 layer and KV head (``docs/format.md``, section *Codes*)::
 
-    y  = (x - mu) T                                  encode: code m = nearest centroid to y[m*dsub:(m+1)*dsub]
+    y  = (f16(x) - mu) T                             encode: code m = nearest centroid to y[m*dsub:(m+1)*dsub]
     x^ = y^ T^-1 + mu                                decode: y^ is the concatenation of the chosen centroids
     q.x^ = (T^-1 q).y^ + q.mu                        what the kernels use; ``lut_scores`` computes it so
+
+Rows are rounded to f16 before anything else, to nearest even: the codes are those of the row that an f16 cache would hold, and
+may as well be made later, from the exact tail. T^-1 is the inverse of the stored T, rounded to f16.
 """
 
 from __future__ import annotations
@@ -84,8 +87,11 @@ class Codebook:
 
     @cached_property
     def T_inv(self) -> npt.NDArray[np.float64] | None:
-        """f64 ``[n_head_kv, D, D]``: the inverse of the stored (f16) T; None for the identity."""
-        return None if self.T is None else np.linalg.inv(self.T.astype(np.float64))
+        """f64 ``[n_head_kv, D, D]``: the inverse of the stored (f16) T, rounded to f16; None for the identity.
+
+        Holds infinities where the inverse does not fit f16; who reads a codebook refuses it then.
+        """
+        return None if self.T is None else to_f16(np.linalg.inv(self.T.astype(np.float64))).astype(np.float64)
 
     def equals(self, other: Codebook) -> bool:
         """True when both hold the same bits."""
@@ -130,6 +136,12 @@ def unpack(spec: PQSpec, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return out
 
 
+def to_f16(x: npt.ArrayLike) -> npt.NDArray[np.float16]:
+    """Any floats -> f16 of the same shape, to nearest even; infinity beyond its range."""
+    with np.errstate(over="ignore"):
+        return np.asarray(x).astype(np.float16)
+
+
 def transform(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """``y = (x - mu) T``: ``[n, n_head_kv, D]`` -> f64 ``[n, n_head_kv, D]``."""
     y = np.asarray(x, dtype=np.float64) - cb.mu.astype(np.float64)
@@ -156,9 +168,9 @@ def distances(cb: Codebook, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float6
 def encode_indices(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     """Index of the nearest centroid, ties to the lowest: ``[n, n_head_kv, D]`` -> u8 ``[n, n_head_kv, M]``.
 
-    Raises MismatchError when the shape of ``x`` is not that of the codebook.
+    ``x`` is rounded to f16 first. Raises MismatchError when its shape is not that of the codebook.
     """
-    x = _check_rows(cb, x)
+    x = to_f16(_check_rows(cb, x))
     out = np.empty((x.shape[0], cb.n_head_kv, cb.M), dtype=np.uint8)
     step = max(1, _CHUNK_ELEMS // (cb.n_head_kv * cb.M * cb.spec.ksub))
     for i in range(0, x.shape[0], step):
@@ -206,6 +218,20 @@ class Coded:
 Side = Coded | npt.NDArray[np.floating]
 
 
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """The exact tail: recent tokens, which attention reads as they were instead of from their codes.
+
+    Attributes:
+        k, v: f16 ``[n_stream, n_tail, n_head_kv, D]``.
+        mask: f16 ``[n_stream, n_q, n_tail]``, as the mask of the cache; -inf excludes a slot, which may then hold anything.
+    """
+
+    k: npt.NDArray[np.float16]
+    v: npt.NDArray[np.float16]
+    mask: npt.NDArray[np.float16]
+
+
 def alibi_slopes(n_head: int, max_bias: float) -> npt.NDArray[np.float64]:
     """ALiBi slope of every query head, f64 ``[n_head]``; 1 everywhere when ``max_bias`` is 0.
 
@@ -229,6 +255,7 @@ def attention(
     *,
     scale: float,
     mask: npt.ArrayLike | None = None,
+    tail: Tail | None = None,
     sinks: npt.ArrayLike | None = None,
     max_bias: float = 0.0,
     logit_softcap: float = 0.0,
@@ -241,6 +268,7 @@ def attention(
         scale: the score is ``scale * q.k``.
         mask: ``[n_stream_mask, n_head_mask, n_q, n_kv]``, broadcast over streams and heads by index modulo. -inf
             excludes a cell; any other value, times the head's ALiBi slope, is added to the score.
+        tail: more cells; one softmax runs over the cache and the tail. A token in the tail is excluded by ``mask``.
         sinks: ``[n_head]``, a score that takes part in the softmax and has no value.
         max_bias: ALiBi, see ``alibi_slopes``; 0 turns it off.
         logit_softcap: score = cap * tanh(score / cap), before the mask; 0 turns it off.
@@ -260,6 +288,8 @@ def attention(
     mask4 = None if mask is None else np.asarray(mask)
     if mask4 is not None and _shape4(mask4, "mask")[2:] != (n_q, n_kv):
         raise MismatchError(f"mask is {list(mask4.shape)}, need [*, *, {n_q}, {n_kv}]")
+    if tail is not None:
+        check_tail(tail, n_stream, n_q, n_head_kv, D_k, D_v)
     sink = None if sinks is None else np.asarray(sinks, dtype=np.float64)
     if sink is not None and sink.shape != (n_head,):
         raise MismatchError(f"sinks is {list(sink.shape)}, need [{n_head}]")
@@ -269,14 +299,20 @@ def attention(
     step = max(1, _CHUNK_ELEMS // max(1, n_kv))
     for s in range(n_stream):
         k_rows, v_rows = _rows(k, s), _rows(v, s)
+        if tail is not None:
+            k_rows, v_rows = np.concatenate([k_rows, tail.k[s]]), np.concatenate([v_rows, tail.v[s]])
         for h in range(n_head):
             h_kv = h // (n_head // n_head_kv)
             for i in range(0, n_q, step):
                 score = scale * (q[s, h, i : i + step] @ k_rows[:, h_kv].T)
                 if logit_softcap != 0.0:
                     score = logit_softcap * np.tanh(score / logit_softcap)
+                bias = np.zeros((score.shape[0], n_kv))
                 if mask4 is not None:
                     bias = mask4[s % mask4.shape[0], h % mask4.shape[1], i : i + step].astype(np.float64)
+                if tail is not None:
+                    bias = np.concatenate([bias, tail.mask[s, i : i + step]], axis=1)
+                if mask4 is not None or tail is not None:
                     # Not by addition alone: an excluded cell may hold anything, NaN included (a cache is not cleared).
                     score = np.where(np.isneginf(bias), -np.inf, score + slopes[h] * bias)
                 top = score.max(axis=1, initial=-np.inf if sink is None else sink[h], keepdims=True)
@@ -367,6 +403,18 @@ def _check_side(
         if want is not None and have != want:
             raise MismatchError(f"{name}: found {what} {have}, need {want}")
     return found
+
+
+def check_tail(tail: Tail, n_stream: int, n_q: int, n_head_kv: int, D_k: int, D_v: int) -> None:
+    """Raises MismatchError when a tail does not fit the cache and the queries."""
+    n_tail = tail.mask.shape[-1] if tail.mask.ndim else 0
+    for name, a, want in (
+        ("k", tail.k, (n_stream, n_tail, n_head_kv, D_k)),
+        ("v", tail.v, (n_stream, n_tail, n_head_kv, D_v)),
+        ("mask", tail.mask, (n_stream, n_q, n_tail)),
+    ):
+        if a.shape != want or a.dtype != np.float16:
+            raise MismatchError(f"tail {name} is {a.dtype} {list(a.shape)}, need float16 {list(want)}")
 
 
 def _rows(side: Side, stream: int) -> npt.NDArray[np.float64]:

@@ -18,7 +18,7 @@ from helpers import HEAD_SIZES, make_codebook, nmse, rows_for
 
 from million_gguf import container, native, pq_ref
 from million_gguf.errors import MismatchError, NativeError
-from million_gguf.pq_ref import Coded
+from million_gguf.pq_ref import Coded, Tail
 from million_gguf.spec import PQ_TYPES
 
 if (why := native.unavailable()) is not None:
@@ -51,6 +51,7 @@ def test_unknown_simd_is_refused() -> None:
 
 def check_codes(cb: pq_ref.Codebook, x: np.ndarray, codes: np.ndarray) -> None:
     """Every code names a centroid that is nearest within f32 rounding, and nearly all are those of the definition."""
+    x = pq_ref.to_f16(x)
     found = pq_ref.unpack(cb.spec, codes)
     want = pq_ref.encode_indices(cb, x)
     differ = found != want
@@ -109,6 +110,39 @@ def test_ties_go_to_the_lowest_code(simd: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TYPES)
+def test_rows_are_rounded_to_f16_before_they_are_coded(simd: str, name: str) -> None:
+    """The codes of f32 rows are those of the same rows in f16, also where f16 ends and between its values."""
+    cb = make_codebook(name, 64, 2, with_transform=True)
+    x = rows_for(cb, 200)
+    x[0, 0, :16] = [65504, 65519.99, 65520, -65520, 1e9, -np.inf, np.inf, -0.0, 1e-45, 2**-25, 2**-25 + 2**-40, 3 * 2**-25, 2**-14, 1 + 2**-11, 1 + 3 * 2**-11, 2049]  # fmt: skip
+    assert np.array_equal(native.encode(cb, x), native.encode(cb, pq_ref.to_f16(x)))
+    s, step = PQ_TYPES[name], 2.0**-10
+    centroids = np.full((1, s.n_subspaces(16), s.ksub, s.dsub), 9.0, dtype=np.float16)
+    centroids[:, :, 0], centroids[:, :, 1] = 0.0, 1.0
+    cb = pq_ref.Codebook(s, np.full((1, 16), 0.5 + 0.25 * step, np.float32), None, centroids)
+    found = native.encode(cb, np.full((1, 1, 16), 1 + 0.4 * step, np.float32))  # as in test_pq_ref
+    assert (pq_ref.unpack(s, found) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", TYPES)
+def test_encode_writes_the_tail(simd: str, name: str, dtype: str) -> None:
+    """Rows with a slot go there in f16; other slots, and what lies between slots, stay. The codes are the same without a tail."""
+    cb = make_codebook(name, 24, 2, with_transform=True)
+    x = rows_for(cb, 40).astype(dtype)
+    arena = np.full((30, 2 * 24 + 3), 7, np.float16)
+    tail = np.lib.stride_tricks.as_strided(arena, (30, 2, 24), (arena.shape[1] * 2, 48, 2))
+    tail_idx = np.full(40, -1)
+    tail_idx[[3, 4, 39, 0]] = [29, 0, 5, 17]
+    tail_idx[7] = -(2**40)
+    codes = native.encode(cb, x, tail=tail, tail_idx=tail_idx)
+    want = np.full_like(arena, 7)
+    want[[29, 0, 5, 17], :48] = pq_ref.to_f16(x[[3, 4, 39, 0]]).reshape(4, 48)
+    assert arena.tobytes() == want.tobytes()
+    assert np.array_equal(codes, native.encode(cb, x))
+
+
+@pytest.mark.parametrize("name", TYPES)
 def test_encode_writes_its_cells_and_no_other(simd: str, name: str) -> None:
     """Permuted cells, strided rows, and bytes around them that must stay."""
     cb = make_codebook(name, 24, 2, with_transform=True)
@@ -163,6 +197,8 @@ class Case:
     max_bias: float = 0.0
     softcap: float = 0.0
     sharp: bool = False  # scores so far apart that one cell takes all
+    n_tail: int = 0
+    tail_mask: str = "holes"  # "holes", "all" (nothing visible), "open" (everything visible)
 
 
 @functools.cache
@@ -208,8 +244,28 @@ def build(case: Case) -> tuple[tuple[Any, Any, Any], dict[str, Any], np.ndarray]
         "sinks": rng.standard_normal(n_head).astype(np.float32) if case.sinks else None,
         "max_bias": case.max_bias,
         "logit_softcap": case.softcap,
+        "tail": build_tail(case) if case.n_tail else None,
     }
     return (q, k, v), kwargs, pq_ref.attention(q, k, v, **kwargs)
+
+
+def build_tail(case: Case) -> Tail:
+    """Slots that no query sees hold NaN and infinity."""
+    rng = np.random.default_rng(12)
+    shape = (case.n_stream, case.n_q, case.n_tail)
+    mask = -rng.integers(0, 40, shape).astype(np.float16) / np.float16(4)
+    if case.tail_mask == "all":
+        mask[:] = -np.inf
+    elif case.tail_mask == "holes":
+        mask[rng.random(shape) < 0.4] = -np.inf
+        mask[:, :, 2::5] = -np.inf
+    k, v = (
+        rng.standard_normal((case.n_stream, case.n_tail, case.n_head_kv, D)).astype(np.float16)
+        for D in (case.D_k, case.D_v)
+    )
+    unused = np.isneginf(mask).all(axis=1)
+    k[unused], v[unused] = np.nan, np.inf
+    return Tail(k, v, mask)
 
 
 def check(case: Case) -> None:
@@ -235,6 +291,22 @@ def test_attention_shapes(simd: str, name: str, gqa: int, n_kv: int, n_q: int) -
 @pytest.mark.parametrize("name", TYPES)
 def test_attention_head_sizes(simd: str, name: str, D: int, with_transform: bool, gqa: int) -> None:
     check(Case(k=name, v=name, D_k=D, D_v=D, gqa=gqa, n_q=3, transform=with_transform, mask="holes"))
+
+
+@pytest.mark.parametrize("n_q", [1, 3, 65])
+@pytest.mark.parametrize("n_tail", [1, 7, 128, 129])
+@pytest.mark.parametrize("n_kv", [1, 31, 97, 257])
+@pytest.mark.parametrize("gqa", [1, 8])
+def test_tail_shapes(simd: str, gqa: int, n_kv: int, n_tail: int, n_q: int) -> None:
+    name = TYPES[(n_kv + n_tail) % 3]
+    check(Case(k=name, v=name, gqa=gqa, n_kv=n_kv, n_q=n_q, n_tail=n_tail, transform=n_tail % 2 == 1, mask="holes"))
+
+
+@pytest.mark.parametrize("n_q", [1, 65])
+@pytest.mark.parametrize("gqa", [1, 8])
+@pytest.mark.parametrize("D", HEAD_SIZES)
+def test_tail_head_sizes(simd: str, D: int, gqa: int, n_q: int) -> None:
+    check(Case(D_k=D, D_v=D, gqa=gqa, n_q=n_q, n_tail=33, transform=True, mask="holes"))
 
 
 FEATURES = {
@@ -269,6 +341,34 @@ FEATURES = {
     "plain V of 20 elements": Case(v="float16", D_v=20, n_q=3),
     "pq4 K, pq2 V": Case(v="pq2", n_q=3, gqa=8, transform=True),
     "pq2 K, pq3 V": Case(k="pq2", v="pq3", n_q=3, gqa=8, transform=True),
+    "tail": Case(n_q=3, gqa=8, n_tail=40, transform=True),
+    "tail, split cache": Case(n_q=3, gqa=8, n_kv=5000, n_tail=40, transform=True),
+    "tail, split cache, many queries": Case(n_q=65, n_kv=3000, n_tail=129, transform=True, mask="causal"),
+    "tail alone": Case(n_q=3, gqa=8, n_kv=5000, n_tail=40, mask="all", transform=True),
+    "tail alone, many queries": Case(n_q=65, n_tail=129, mask="all", transform=True),
+    "tail hidden": Case(n_q=3, gqa=8, n_tail=40, tail_mask="all", transform=True),
+    "nothing visible, tail included": Case(n_q=3, n_tail=9, tail_mask="all", mask="all", sinks=True),
+    "tail and sinks": Case(n_q=65, n_tail=9, mask="some", sinks=True, tail_mask="open"),
+    "tail and softcap": Case(n_q=3, gqa=8, n_tail=9, softcap=5.0, transform=True),
+    "tail and alibi": Case(n_q=3, n_head_kv=3, gqa=4, n_tail=9, max_bias=8.0, mask="causal"),
+    "tail of three streams": Case(n_q=3, n_stream=3, gqa=8, n_tail=9, mask="streams", transform=True),
+    "tail and mask per head": Case(n_q=3, gqa=8, n_tail=9, mask="heads"),
+    "tail beside plain K": Case(k="float16", n_q=3, gqa=8, n_tail=9, mask="holes", transform=True),
+    "tail beside plain V": Case(v="float32", n_q=65, n_tail=9, mask="holes", transform=True),
+    "tail beside plain V of 20 elements": Case(v="float16", D_v=20, n_q=3, n_tail=9),
+    "tail, unequal head sizes": Case(D_k=192, D_v=128, n_q=65, n_tail=129, transform=True),
+    "tail with everything": Case(
+        n_stream=2,
+        gqa=8,
+        n_q=65,
+        n_kv=257,
+        mask="some",
+        sinks=True,
+        max_bias=8.0,
+        softcap=20.0,
+        transform=True,
+        n_tail=129,
+    ),
 }
 
 
@@ -304,14 +404,20 @@ def test_attention_reads_strided_arrays(simd: str, name: str) -> None:
     assert nmse(found, want) < NMSE_LIMIT
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_excluded_cells_may_hold_anything(simd: str, name: str) -> None:
-    (q, k, _), kwargs, _ = build(Case(k=name, v="float16", gqa=8, n_q=3, mask="holes"))
-    v = np.random.default_rng(1).standard_normal((1, 97, 2, 64)).astype(np.float16)
+@pytest.mark.parametrize("n_q", [3, 65])
+@pytest.mark.parametrize("plain", ["k", "v"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_excluded_cells_may_hold_anything(simd: str, dtype: str, plain: str, n_q: int) -> None:
+    """A plain K or V row that no query sees, beside codes."""
+    case = Case(k="pq4" if plain == "v" else dtype, v="pq4" if plain == "k" else dtype, gqa=8, n_q=n_q, mask="holes")
+    (q, k, v), kwargs, _ = build(case)
+    k, v = (side if isinstance(side, Coded) else side.copy() for side in (k, v))
     mask = kwargs["mask"].copy()
-    mask[..., 40] = -np.inf
+    mask[..., [0, 40, 96]] = -np.inf
     want = pq_ref.attention(q, k, v, **{**kwargs, "mask": mask})
-    v[:, 40] = np.nan
+    for side in (k, v):
+        if not isinstance(side, Coded):
+            side[:, [0, 40, 96]] = np.nan
     assert nmse(native.attention(q, k, v, **{**kwargs, "mask": mask}), want) < NMSE_LIMIT
 
 
@@ -359,6 +465,29 @@ def test_the_native_parser_refuses_what_python_refuses() -> None:
             native.build_blob(bad, cb)
 
 
+def test_the_inverse_is_that_of_the_definition() -> None:
+    """The head block holds T as the file does, and the inverse that ``pq_ref`` says, in f16."""
+    cb = make_codebook("pq4", 64, 2, with_transform=True)
+    assert cb.T is not None
+    assert cb.T_inv is not None
+    blocks = native.build(cb).reshape(2, -1)
+    n = 64 * 64 * 2
+    for h in range(2):
+        T, T_inv = blocks[h, 256 : 256 + n].view(np.float16), blocks[h, 256 + n : 256 + 2 * n].view(np.float16)
+        assert T.tobytes() == cb.T[h].tobytes()
+        # Both invert in double, by different methods: a value may fall on the other side of the middle of two halves.
+        ulps = np.abs(T_inv.view(np.int16).astype(int) - cb.T_inv[h].astype(np.float16).ravel().view(np.int16))
+        assert ulps.max() <= 1
+        assert (ulps != 0).sum() <= 1
+
+
+def test_an_inverse_beyond_f16_is_refused() -> None:
+    cb = make_codebook("pq4", 16, 1)
+    small = pq_ref.Codebook(cb.spec, cb.mu, (1e-5 * np.eye(16)).astype(np.float16)[None], cb.centroids)
+    with pytest.raises((MismatchError, container.FormatError)):
+        container.blob_to_codebook(container.codebook_to_blob(small), cb.spec)
+
+
 def test_missing_library_says_where_it_looked(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("MILLION_PQ_LIB", str(tmp_path / "none.so"))
     with pytest.raises(NativeError, match="none.so, need the native library.*MILLION_PQ_LIB"):
@@ -378,6 +507,8 @@ def test_bad_arguments_never_reach_native_code(monkeypatch: pytest.MonkeyPatch) 
     mask = np.zeros((1, 1, 2, 5), np.float16)
     c = np.zeros((2, 16, 2), np.float32)
     i64 = np.arange(5)
+    slots = np.zeros((5, 2, 16), np.float16)
+    tail = Tail(f16, f16, np.zeros((1, 2, 5), np.float16))
 
     def forbidden() -> None:
         raise AssertionError("native code was reached")
@@ -395,6 +526,15 @@ def test_bad_arguments_never_reach_native_code(monkeypatch: pytest.MonkeyPatch) 
         lambda: native.encode(cb, x, row_idx=i64 - 1, out=codes),
         lambda: native.encode(cb, x, row_idx=i64 * 0, out=codes),
         lambda: native.encode(cb, x, row_idx=i64.astype(np.int32), out=codes),
+        lambda: native.encode(cb, x, tail=slots),
+        lambda: native.encode(cb, x, tail_idx=i64),
+        lambda: native.encode(cb, x, tail=slots.astype(np.float32), tail_idx=i64),
+        lambda: native.encode(cb, x, tail=slots[:, :, :8], tail_idx=i64),
+        lambda: native.encode(cb, x, tail=np.zeros((5, 2, 32), np.float16)[:, :, :16], tail_idx=i64),
+        lambda: native.encode(cb, x, tail=slots, tail_idx=i64 + 1),
+        lambda: native.encode(cb, x, tail=slots, tail_idx=i64 * 0),
+        lambda: native.encode(cb, x, tail=slots, tail_idx=i64[:4]),
+        lambda: native.encode(cb, x, tail=slots, tail_idx=i64.astype(np.int32)),
         lambda: native.decode(cb, codes[:, :, :4]),
         lambda: native.decode(cb, codes[:, :1]),
         lambda: native.decode(cb, codes[0]),
@@ -411,6 +551,10 @@ def test_bad_arguments_never_reach_native_code(monkeypatch: pytest.MonkeyPatch) 
         lambda: native.attention(q, side, side, scale=1.0, mask=mask[..., :4]),
         lambda: native.attention(q, side, side, scale=1.0, mask=mask[:0]),
         lambda: native.attention(q, side, side, scale=1.0, mask=mask.astype(np.float32)),
+        lambda: native.attention(q, side, side, scale=1.0, tail=replace(tail, k=f16[:, :4])),
+        lambda: native.attention(q, side, side, scale=1.0, tail=replace(tail, v=f16.astype(np.float32))),
+        lambda: native.attention(q, side, side, scale=1.0, tail=replace(tail, mask=tail.mask[:, :1])),
+        lambda: native.attention(q, side, side, scale=1.0, tail=replace(tail, k=f16[..., ::-1])),
         lambda: native.attention(q, side, side, scale=1.0, sinks=np.zeros(3, np.float32)),
         lambda: native.attention(q, side, side, scale=1.0, sinks=np.zeros(4)),
         lambda: native.kmeans_assign(np.zeros((2, 5, 3), np.float32), c),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from million_gguf import pq_ref
 from million_gguf.errors import MismatchError
-from million_gguf.pq_ref import Codebook, Coded
+from million_gguf.pq_ref import Codebook, Coded, Tail
 from million_gguf.spec import PQ_TYPES
 
 TYPES = list(PQ_TYPES)
@@ -111,7 +111,37 @@ def test_decode_undoes_the_transform() -> None:
     cb = make_codebook("pq4", 32, 1, with_transform=True)
     codes = np.arange(cb.M, dtype=np.uint8).reshape(1, 1, cb.M)
     y = pq_ref.transform(cb, pq_ref.decode(cb, codes))
-    assert np.allclose(y[0, 0].reshape(cb.M, 2), cb.centroids[0, np.arange(cb.M), np.arange(cb.M)], atol=1e-9)
+    # 32 products, each with an inverse that is off by up to 2**-11 of itself
+    assert np.allclose(y[0, 0].reshape(cb.M, 2), cb.centroids[0, np.arange(cb.M), np.arange(cb.M)], atol=5e-3)
+
+
+def test_the_inverse_is_that_of_the_stored_transform_in_f16() -> None:
+    cb = make_codebook("pq4", 32, 2, with_transform=True)
+    assert cb.T is not None
+    assert cb.T_inv is not None
+    exact = np.linalg.inv(cb.T.astype(np.float64))
+    assert np.array_equal(cb.T_inv, cb.T_inv.astype(np.float16))
+    assert (np.abs(cb.T_inv - exact) <= 2.0**-11 * np.abs(exact) + 2.0**-25).all()
+
+
+def test_an_inverse_beyond_f16_is_infinite() -> None:
+    cb = make_codebook("pq4", 16, 1)
+    small = Codebook(cb.spec, cb.mu, (1e-5 * np.eye(16)).astype(np.float16)[None], cb.centroids)
+    assert small.T_inv is not None
+    assert np.isinf(np.diagonal(small.T_inv[0])).all()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_rows_are_rounded_to_f16_before_they_are_coded(name: str) -> None:
+    """0.4 of a step above 1 is 1 in f16, and lies on the other side of the border between two centroids."""
+    s, step = PQ_TYPES[name], 2.0**-10
+    centroids = np.full((1, s.n_subspaces(16), s.ksub, s.dsub), 9.0, dtype=np.float16)
+    centroids[:, :, 0], centroids[:, :, 1] = 0.0, 1.0
+    cb = Codebook(s, np.full((1, 16), 0.5 + 0.25 * step, np.float32), None, centroids)
+    x = np.full((1, 1, 16), 1 + 0.4 * step)
+    assert pq_ref.distances(cb, pq_ref.transform(cb, x)).argmin() == 1
+    assert (pq_ref.encode_indices(cb, x) == 0).all()
+    assert (pq_ref.encode_indices(cb, np.full((1, 1, 16), 1e9)) == 0).all()  # infinite in f16: as far from any centroid
 
 
 def test_long_input_is_chunked_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +210,46 @@ def test_attention_equals_dense_attention_on_decoded_rows(name: str, with_transf
     assert np.allclose(mixed, want, rtol=1e-10, atol=1e-12)
 
 
+def make_tail(n_stream: int, n_q: int, n_tail: int, n_head_kv: int, D_k: int, D_v: int) -> Tail:
+    rng = np.random.default_rng(8)
+    mask = np.where(rng.random((n_stream, n_q, n_tail)) < 0.4, -np.inf, -rng.integers(0, 9, (n_stream, n_q, n_tail)))
+    k, v = (rng.standard_normal((n_stream, n_tail, n_head_kv, D)).astype(np.float16) for D in (D_k, D_v))
+    return Tail(k, v, mask.astype(np.float16))
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("with_transform", [False, True])
+def test_a_tail_is_more_cells(with_transform: bool, with_mask: bool) -> None:
+    rng = np.random.default_rng(4)
+    n_stream, n_head, n_head_kv, n_q, n_kv, n_tail, D = 2, 6, 2, 3, 31, 7, 16
+    cb = make_codebook("pq4", D, n_head_kv, seed=1, with_transform=with_transform)
+    codes = pq_ref.encode(cb, rows_for(cb, n_stream * n_kv)).reshape(n_stream, n_kv, n_head_kv, -1)
+    tail = make_tail(n_stream, n_q, n_tail, n_head_kv, D, D)
+    q = rng.standard_normal((n_stream, n_head, n_q, D))
+    mask = np.zeros((n_stream, 1, n_q, n_kv), np.float16)
+    if with_mask:
+        mask[rng.random(mask.shape) < 0.4] = -np.inf
+        mask[0, 0, 1] = -np.inf  # a query that sees the tail alone
+    sinks = rng.standard_normal(n_head)
+    found = pq_ref.attention(
+        q, Coded(codes, cb), Coded(codes, cb), scale=0.2, mask=mask if with_mask else None, tail=tail, sinks=sinks, max_bias=8.0
+    )  # fmt: skip
+    rows = np.stack([pq_ref.decode(cb, codes[s]) for s in range(n_stream)])
+    k, v = np.concatenate([rows, tail.k], axis=1), np.concatenate([rows, tail.v], axis=1)
+    both = np.concatenate([mask, tail.mask[:, None]], axis=3)
+    want = dense(q, k, v, 0.2, both, pq_ref.alibi_slopes(n_head, 8.0), 0.0, sinks)
+    assert np.allclose(found, want, rtol=1e-10, atol=1e-12)
+
+
+def test_unused_slots_may_hold_anything() -> None:
+    tail = make_tail(1, 2, 5, 1, 8, 8)
+    q, k = np.ones((1, 1, 2, 8)), np.ones((1, 3, 1, 8))
+    tail.mask[:, :, 3] = -np.inf
+    want = pq_ref.attention(q, k, k, scale=1.0, tail=tail)
+    tail.k[:, 3], tail.v[:, 3] = np.nan, np.inf
+    assert np.array_equal(pq_ref.attention(q, k, k, scale=1.0, tail=tail), want)
+
+
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("with_transform", [False, True])
 def test_lut_scores_equal_dense_scores(name: str, with_transform: bool) -> None:
@@ -219,6 +289,7 @@ def test_wrong_shapes_are_refused() -> None:
     codes = np.zeros((1, 5, 2, 8), np.uint8)
     q = np.zeros((1, 4, 1, 16))
     side = Coded(codes, cb)
+    tail = make_tail(1, 1, 3, 2, 16, 16)
     bad = [
         lambda: pq_ref.encode(cb, np.zeros((3, 2, 15))),
         lambda: pq_ref.encode(cb, np.zeros((3, 16))),
@@ -230,6 +301,11 @@ def test_wrong_shapes_are_refused() -> None:
         lambda: pq_ref.attention(np.zeros((2, 4, 1, 16)), side, side, scale=1.0),
         lambda: pq_ref.attention(q, side, side, scale=1.0, mask=np.zeros((1, 1, 1, 6))),
         lambda: pq_ref.attention(q, side, side, scale=1.0, sinks=np.zeros(3)),
+        lambda: pq_ref.attention(q, side, side, scale=1.0, tail=Tail(tail.k[:, :2], tail.v, tail.mask)),
+        lambda: pq_ref.attention(q, side, side, scale=1.0, tail=Tail(tail.k, tail.v[..., :8], tail.mask)),
+        lambda: pq_ref.attention(q, side, side, scale=1.0, tail=Tail(tail.k, tail.v, tail.mask[:, :, :2])),
+        lambda: pq_ref.attention(q, side, side, scale=1.0, tail=Tail(tail.k, tail.v, tail.mask[0])),
+        lambda: pq_ref.attention(q, side, side, scale=1.0, tail=Tail(tail.k.astype(np.float32), tail.v, tail.mask)),
         lambda: Codebook(cb.spec, cb.mu, None, cb.centroids[:, :3]),
         lambda: Codebook(cb.spec, cb.mu.astype(np.float64), None, cb.centroids),
         lambda: Codebook(cb.spec, cb.mu, np.zeros((1, 16, 16), np.float16), cb.centroids),

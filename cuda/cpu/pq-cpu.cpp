@@ -42,7 +42,13 @@ const pq_kernels * find_kernels(const char * name) {
     return any || strcmp(name, "scalar") == 0 ? pq_kernels_scalar() : nullptr;
 }
 
-const pq_kernels * kernels() {
+int64_t n_row_items(int64_t n_rows, int32_t n_head_kv) {
+    return pq_ceil_div(n_rows, PQ_ROW_TILE) * n_head_kv;
+}
+
+} // namespace
+
+const pq_kernels * pq_kernels_current(void) {
     const pq_kernels * k = g_kernels.load(std::memory_order_acquire);
     if (!k) {
         const char * name = getenv("GGML_PQ_SIMD");
@@ -59,14 +65,8 @@ const pq_kernels * kernels() {
     return k;
 }
 
-int64_t n_row_items(int64_t n_rows, int32_t n_head_kv) {
-    return pq_ceil_div(n_rows, PQ_ROW_TILE) * n_head_kv;
-}
-
-} // namespace
-
 const char * pq_cpu_simd_name(void) {
-    return kernels()->name;
+    return pq_kernels_current()->name;
 }
 
 int pq_cpu_simd_set(const char * name) {
@@ -89,7 +89,7 @@ size_t pq_encode_scratch_size(const pq_encode_params * p) {
 }
 
 void pq_encode_item(const pq_encode_params * p, int64_t item, void * scratch) {
-    kernels()->encode_item(p, item, scratch);
+    pq_kernels_current()->encode_item(p, item, scratch);
 }
 
 int64_t pq_decode_n_items(const pq_decode_params * p) {
@@ -103,22 +103,22 @@ size_t pq_decode_scratch_size(const pq_decode_params * p) {
 }
 
 void pq_decode_item(const pq_decode_params * p, int64_t item, void * scratch) {
-    kernels()->decode_item(p, item, scratch);
+    pq_kernels_current()->decode_item(p, item, scratch);
 }
 
 int64_t pq_attn_n_items(const pq_attn_params * p) {
     const pq_attn_plan pl = pq_attn_make_plan(p);
-    return pl.n_base * pl.n_chunk;
+    return pl.n_base * pl.n_part;
 }
 
 int64_t pq_attn_n_reduce_items(const pq_attn_params * p) {
     const pq_attn_plan pl = pq_attn_make_plan(p);
-    return pl.n_chunk > 1 ? pl.n_base : 0;
+    return pl.n_part > 1 ? pl.n_base : 0;
 }
 
 size_t pq_attn_partials_size(const pq_attn_params * p) {
     const pq_attn_plan pl = pq_attn_make_plan(p);
-    return pl.n_chunk > 1 ? (size_t) (pl.n_base * pl.n_chunk * pl.partial_floats) * sizeof(float) : 0;
+    return pl.n_part > 1 ? (size_t) (pl.n_base * pl.n_part * pl.partial_floats) * sizeof(float) : 0;
 }
 
 size_t pq_attn_scratch_size(const pq_attn_params * p) {
@@ -129,14 +129,14 @@ size_t pq_attn_scratch_size(const pq_attn_params * p) {
 }
 
 void pq_attn_item(const pq_attn_params * p, int64_t item, void * partials, void * scratch) {
-    kernels()->attn_item(p, item, partials, scratch);
+    pq_kernels_current()->attn_item(p, item, partials, scratch);
 }
 
 void pq_attn_reduce_item(const pq_attn_params * p, int64_t item, void * partials, void * scratch) {
-    kernels()->attn_reduce_item(p, item, partials, scratch);
+    pq_kernels_current()->attn_reduce_item(p, item, partials, scratch);
 }
 
 double pq_kmeans_assign(const float * x, int64_t n, int64_t x_stride, int32_t dsub, const float * centroids,
                         int32_t ksub, uint8_t * codes, double * sums, int64_t * counts) {
-    return kernels()->kmeans_assign(x, n, x_stride, dsub, centroids, ksub, codes, sums, counts);
+    return pq_kernels_current()->kmeans_assign(x, n, x_stride, dsub, centroids, ksub, codes, sums, counts);
 }

@@ -7,6 +7,8 @@
 //   few rows (up to 8; token generation): no tile is ever decoded. K scores come from tables of the inner products
 //     of the queries with all centroids, laid out [subspace][centroid][row], so one load serves every row; V centroids go from
 //     the codebook to the accumulators. Subspaces are the outer loop, so the table in use stays in the L1 cache.
+//
+// The exact tail follows the coded cells: their sums go through T^-1 once, and then the online softmax runs on over f16 rows.
 #pragma once
 
 #include "pq-kernels.h"
@@ -30,8 +32,8 @@ template <> struct geom<PQ_TYPE_PQ2> { enum { DSUB = 4, KSUB = 256, NBITS = 8 };
 
 struct head_block {
     const float    * mu;
-    const float    * T;     // NULL: identity
-    const float    * T_inv; // NULL: identity
+    const uint16_t * T;     // NULL: identity
+    const uint16_t * T_inv; // NULL: identity
     const uint16_t * centroids;
 };
 
@@ -40,8 +42,8 @@ head_block get_head_block(pq_type type, int32_t D, int32_t has_transform, const 
     const uint8_t * p = codebook + (size_t) head * l.head_bytes;
     head_block b;
     b.mu        = (const float *) (p + l.mu);
-    b.T         = has_transform ? (const float *) (p + l.T)     : NULL;
-    b.T_inv     = has_transform ? (const float *) (p + l.T_inv) : NULL;
+    b.T         = has_transform ? (const uint16_t *) (p + l.T)     : NULL;
+    b.T_inv     = has_transform ? (const uint16_t *) (p + l.T_inv) : NULL;
     b.centroids = (const uint16_t *) (p + l.centroids);
     return b;
 }
@@ -74,10 +76,16 @@ PQ_INLINE typename W::T vtanh(typename W::T x) {
 
 // ---- matrix products ----
 
+template <class W> PQ_INLINE typename W::T load_floats(const float    * p) { return W::load(p); }
+template <class W> PQ_INLINE typename W::T load_floats(const uint16_t * p) { return W::load_f16(p); }
+
+// B is f32, or a map in f16: to convert it while loading costs a sixth of the time here, to convert it beforehand would cost scratch
+// memory and a pass over it.
+//
 // C [MR][NR vectors] = or += A [MR][K] * B [K][NR vectors]. FUSED: each element is one chain of fused multiply-adds over
 // k = 0, 1, ... from 0, whatever the vector width, which is what makes codes equal on every instruction set.
-template <int MR, int NR, bool FUSED>
-PQ_INLINE void micro_kernel(const float * A, int64_t lda, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t K,
+template <int MR, int NR, bool FUSED, class TB>
+PQ_INLINE void micro_kernel(const float * A, int64_t lda, const TB * B, int64_t ldb, float * C, int64_t ldc, int64_t K,
                             bool accumulate) {
     V::T c[MR][NR];
     PQ_UNROLL
@@ -91,7 +99,7 @@ PQ_INLINE void micro_kernel(const float * A, int64_t lda, const float * B, int64
         V::T b[NR];
         PQ_UNROLL
         for (int j = 0; j < NR; j++) {
-            b[j] = V::load(B + k * ldb + j * V::N);
+            b[j] = load_floats<V>(B + k * ldb + j * V::N);
         }
         PQ_UNROLL
         for (int r = 0; r < MR; r++) {
@@ -111,8 +119,8 @@ PQ_INLINE void micro_kernel(const float * A, int64_t lda, const float * B, int64
     }
 }
 
-template <int MR, int NR, bool FUSED>
-void gemm_rows_left(const float * A, int64_t lda, int64_t rows, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t K,
+template <int MR, int NR, bool FUSED, class TB>
+void gemm_rows_left(const float * A, int64_t lda, int64_t rows, const TB * B, int64_t ldb, float * C, int64_t ldc, int64_t K,
                     bool accumulate) {
     if constexpr (MR > 0) {
         if (rows == MR) {
@@ -123,8 +131,8 @@ void gemm_rows_left(const float * A, int64_t lda, int64_t rows, const float * B,
     }
 }
 
-template <int NR, bool FUSED>
-void gemm_panel(const float * A, int64_t lda, int64_t rows, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t K,
+template <int NR, bool FUSED, class TB>
+void gemm_panel(const float * A, int64_t lda, int64_t rows, const TB * B, int64_t ldb, float * C, int64_t ldc, int64_t K,
                 bool accumulate) {
     int64_t r = 0;
     for (; r + V::MR <= rows; r += V::MR) {
@@ -134,9 +142,9 @@ void gemm_panel(const float * A, int64_t lda, int64_t rows, const float * B, int
 }
 
 // C [rows][N] = A [rows][K] * B [K][N], N a multiple of 8. Rows of C hold at least N rounded up to PQ_PAD floats. The last vector of
-// a row of B may reach up to 8 floats past it, which for a map is still inside its head block.
+// a row of B may reach up to 8 elements past it, which for a map is still inside its head block.
 template <bool FUSED>
-void gemm(const float * A, int64_t lda, int64_t rows, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t N, int64_t K) {
+void gemm(const float * A, int64_t lda, int64_t rows, const uint16_t * B, int64_t ldb, float * C, int64_t ldc, int64_t N, int64_t K) {
     int64_t j = 0;
     for (; rows == 1 && j + 8 * V::N <= N; j += 8 * V::N) { // two sums alone would wait for each other's latency
         micro_kernel<1, 8, FUSED>(A, lda, B + j, ldb, C + j, ldc, K, false);
@@ -161,49 +169,56 @@ void gemm_panels(const float * A, int64_t lda, int64_t rows, const float * B, fl
     }
 }
 
-template <int R, int J>
-PQ_INLINE void dots(const float * A, int64_t lda, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t K) {
-    V8::T c[R][J];
-    PQ_UNROLL
-    for (int r = 0; r < R; r++) {
+// C [R][D] = A [R][D] * B^T, B [D][D] in f16, D a multiple of 8; for few rows, where to transpose B would not pay
+template <int R>
+void map_few(const float * A, int64_t lda, const uint16_t * B, int64_t D, float * C, int64_t ldc) {
+    constexpr int J = 8 / R; // rows of B at once: R * J sums in registers, and in one vector in the end
+    for (int64_t j0 = 0; j0 < D; j0 += J) {
+        V8::T sum[8];
         PQ_UNROLL
-        for (int j = 0; j < J; j++) {
-            c[r][j] = V8::zero();
+        for (int i = 0; i < 8; i++) {
+            sum[i] = V8::zero();
         }
-    }
-    for (int64_t k = 0; k < K; k += 8) {
-        V8::T b[J];
-        PQ_UNROLL
-        for (int j = 0; j < J; j++) {
-            b[j] = V8::load(B + j * ldb + k);
-        }
-        PQ_UNROLL
-        for (int r = 0; r < R; r++) {
-            const V8::T a = V8::load(A + r * lda + k);
+        for (int64_t k = 0; k < D; k += 8) {
+            V8::T b[J];
             PQ_UNROLL
             for (int j = 0; j < J; j++) {
-                c[r][j] = V8::madd(a, b[j], c[r][j]);
+                b[j] = V8::load_f16(B + (j0 + j) * D + k);
+            }
+            PQ_UNROLL
+            for (int r = 0; r < R; r++) {
+                const V8::T a = V8::load(A + r * lda + k);
+                PQ_UNROLL
+                for (int j = 0; j < J; j++) {
+                    sum[r * J + j] = V8::madd(a, b[j], sum[r * J + j]);
+                }
             }
         }
-    }
-    PQ_UNROLL
-    for (int r = 0; r < R; r++) {
+        float lanes[8];
+        V8::store(lanes, V8::hsum_8(sum));
         PQ_UNROLL
-        for (int j = 0; j < J; j++) {
-            C[r * ldc + j] = V8::hsum(c[r][j]);
+        for (int r = 0; r < R; r++) {
+            memcpy(C + r * ldc + j0, lanes + r * J, J * sizeof(float));
         }
     }
 }
 
-// C [rows][N] = A [rows][K] * B^T, B [N][K]; K a multiple of 8, N of 4
-void gemm_nt(const float * A, int64_t lda, int64_t rows, const float * B, int64_t ldb, float * C, int64_t ldc, int64_t N, int64_t K) {
-    for (int64_t j = 0; j < N; j += 4) {
-        int64_t r = 0;
-        for (; r + 2 <= rows; r += 2) {
-            dots<2, 4>(A + r * lda, lda, B + j * ldb, ldb, C + r * ldc + j, ldc, K);
+// f16 rows of D elements (a multiple of 8), row(0), row(1), ... n of them (a multiple of PW), transposed: dst [n / PW][D][PW]
+template <class ROW>
+PQ_INLINE void transpose_f16(ROW row, int64_t n, int64_t D, float * dst) {
+    for (int64_t t = 0; t < n; t += 8) {
+        const uint16_t * rows[8];
+        for (int64_t i = 0; i < 8; i++) {
+            rows[i] = row(t + i);
         }
-        if (r < rows) {
-            dots<1, 4>(A + r * lda, lda, B + j * ldb, ldb, C + r * ldc + j, ldc, K);
+        float * panel = dst + t / PW * D * PW + t % PW;
+        for (int64_t d = 0; d < D; d += 8) {
+            V8::T x[8];
+            V8::load_f16_columns(rows, d, x);
+            PQ_UNROLL
+            for (int e = 0; e < 8; e++) {
+                V8::store(panel + (d + e) * PW, x[e]);
+            }
         }
     }
 }
@@ -373,11 +388,16 @@ void encode_tile(const pq_encode_params * p, int64_t row0, int64_t n, int64_t he
     const int64_t D = p->D, M = D / DSUB, ld = pq_padded(D);
 
     for (int64_t r = 0; r < n; r++) {
-        const uint8_t * src = (const uint8_t *) p->x + (row0 + r) * p->x_row_stride + head * p->x_head_stride;
-        float * x = s.x + r * ld;
+        const uint8_t * src  = (const uint8_t *) p->x + (row0 + r) * p->x_row_stride + head * p->x_head_stride;
+        const int64_t   slot = p->tail ? p->tail_idx[row0 + r] : -1;
+        uint16_t * tail = slot < 0 ? NULL : (uint16_t *) (p->tail + slot * p->tail_row_stride) + head * D;
+        float    * x    = s.x + r * ld;
         for (int64_t i = 0; i < D; i += 8) {
-            const V8::T v = p->x_f16 ? V8::load_f16((const uint16_t *) src + i) : V8::load((const float *) src + i);
-            V8::store(x + i, V8::sub(v, V8::load(hb.mu + i)));
+            const V8::H v = p->x_f16 ? V8::load_half((const uint16_t *) src + i) : V8::to_half(V8::load((const float *) src + i));
+            if (tail) {
+                V8::store_half(tail + i, v);
+            }
+            V8::store(x + i, V8::sub(V8::from_half(v), V8::load(hb.mu + i)));
         }
     }
     const float * y = s.x;
@@ -480,81 +500,135 @@ struct attn_item_ctx {
     const pq_attn_params * p;
     pq_attn_plan           pl;
     pq_attn_scratch        s;
-    int64_t stream, head_kv, block, chunk;
-    int64_t tok0, n_tok, n_rows; // of this block
-    int64_t kv0, kv1;            // cells of this chunk
+    int64_t stream, head_kv;
+    int64_t tok0, n_tok, n_rows; // of this block of query tokens
+
+    // what the item attends to now: a chunk of the cache, or the tail
+    pq_attn_side    k, v;
     const uint8_t * k_data;
     const uint8_t * v_data;
-    head_block k_block, v_block; // centroids NULL without codes
+    head_block      k_block, v_block; // all NULL without codes
+    const uint8_t * mask;
+    size_t          mask_token_stride, mask_head_stride;
+    int32_t         n_head_mask;
+    int64_t         kv0, kv1;         // its cells
+    bool            has_queries;      // s.qt and s.q_mu hold the queries for k
 };
 
-head_block get_side_block(const pq_attn_side & side, int64_t head) {
-    if (side.type == PQ_TYPE_COUNT) {
-        const head_block none = { NULL, NULL, NULL, NULL };
-        return none;
+const uint16_t zero_row[PQ_MAX_D] = { 0 }; // stands in for rows that are not there, or may hold anything
+
+// of a side without codes: rows are f16 and a multiple of 8 long, and need no conversion beforehand
+PQ_INLINE bool is_f16(const pq_attn_side & side) { return side.type == PQ_TYPE_COUNT && !side.to_float; }
+
+void f16_to_float(const void * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        dst[i] = pq_f16_to_f32(((const uint16_t *) src)[i]);
     }
-    return get_head_block(side.type, side.D, side.has_transform, side.codebook, head);
 }
 
-void attn_begin(attn_item_ctx * c, const pq_attn_params * p, int64_t base, int64_t chunk, void * scratch) {
-    c->p  = p;
-    c->pl = pq_attn_make_plan(p);
-    pq_arena a = pq_arena_begin(scratch);
-    c->s = pq_attn_carve(&a, &c->pl);
+void use_side(const pq_attn_side & from, int64_t stream, int64_t head, pq_attn_side * side, const uint8_t ** data, head_block * block) {
+    *side = from;
+    *data = from.data + stream * from.stream_stride + head * from.head_stride;
+    if (from.type == PQ_TYPE_COUNT) {
+        const head_block none = { NULL, NULL, NULL, NULL };
+        *block = none;
+        if (!from.to_float && from.D % 8 != 0) {
+            side->to_float = f16_to_float;
+        }
+    } else {
+        *block = get_head_block(from.type, from.D, from.has_transform, from.codebook, head);
+    }
+}
 
-    c->chunk   = chunk;
-    c->block   = base % c->pl.n_block;
-    c->head_kv = base / c->pl.n_block % p->n_head_kv;
-    c->stream  = base / c->pl.n_block / p->n_head_kv;
-    c->tok0    = c->block * c->pl.n_tok;
-    c->n_tok   = pq_min(c->pl.n_tok, p->n_q - c->tok0);
-    c->n_rows  = c->n_tok * c->pl.n_group;
-    c->kv0     = chunk * c->pl.chunk;
-    c->kv1     = pq_min(c->kv0 + c->pl.chunk, p->n_kv);
-    c->k_data  = p->k.data + c->stream * p->k.stream_stride + c->head_kv * p->k.head_stride;
-    c->v_data  = p->v.data + c->stream * p->v.stream_stride + c->head_kv * p->v.head_stride;
-    c->k_block = get_side_block(p->k, c->head_kv);
-    c->v_block = get_side_block(p->v, c->head_kv);
+void attn_use(attn_item_ctx * c, const pq_attn_side & k, const pq_attn_side & v) {
+    use_side(k, c->stream, c->head_kv, &c->k, &c->k_data, &c->k_block);
+    use_side(v, c->stream, c->head_kv, &c->v, &c->v_data, &c->v_block);
+    c->has_queries = false;
+}
+
+void attn_use_cache(attn_item_ctx * c, int64_t chunk) {
+    const pq_attn_params * p = c->p;
+    attn_use(c, p->k, p->v);
+    c->n_head_mask       = p->n_head_mask;
+    c->mask_token_stride = p->mask_token_stride;
+    c->mask_head_stride  = p->mask_head_stride;
+    c->mask              = p->mask ? p->mask + c->stream % p->n_stream_mask * p->mask_stream_stride : NULL;
+    c->kv0               = chunk * c->pl.chunk;
+    c->kv1               = pq_min(c->kv0 + c->pl.chunk, p->n_kv);
+}
+
+void attn_use_tail(attn_item_ctx * c) {
+    const pq_attn_tail & t = c->p->tail;
+    const pq_attn_side k = { PQ_TYPE_COUNT, c->p->k.D, NULL, 0, t.k, t.k_row_stride, t.k_head_stride, t.k_stream_stride, NULL };
+    const pq_attn_side v = { PQ_TYPE_COUNT, c->p->v.D, NULL, 0, t.v, t.v_row_stride, t.v_head_stride, t.v_stream_stride, NULL };
+    attn_use(c, k, v);
+    c->n_head_mask       = 1;
+    c->mask_token_stride = t.mask_token_stride;
+    c->mask_head_stride  = 0;
+    c->mask              = t.mask + c->stream * t.mask_stream_stride;
+    c->kv0               = 0;
+    c->kv1               = t.n;
 }
 
 PQ_INLINE int64_t row_tok (const attn_item_ctx * c, int64_t r) { return c->tok0 + r / c->pl.n_group; }
 PQ_INLINE int64_t row_head(const attn_item_ctx * c, int64_t r) { return c->head_kv * c->pl.n_group + r % c->pl.n_group; }
 
 PQ_INLINE const uint16_t * mask_row(const attn_item_ctx * c, int64_t r) {
-    const pq_attn_params * p = c->p;
-    return (const uint16_t *) (p->mask + row_tok(c, r) * p->mask_token_stride + row_head(c, r) % p->n_head_mask * p->mask_head_stride
-                               + c->stream % p->n_stream_mask * p->mask_stream_stride);
+    return (const uint16_t *) (c->mask + row_tok(c, r) * c->mask_token_stride + row_head(c, r) % c->n_head_mask * c->mask_head_stride);
 }
 
-// Reads the queries and maps them: q' = T^-1 q, so that q'.y = q.(x - mu).
-void attn_queries(attn_item_ctx * c) {
-    const pq_attn_params * p = c->p;
-    const int64_t D = p->k.D, ld = c->pl.dk;
-    const int64_t rows = pq_max(c->n_rows, c->pl.rp);
+// rows that share a row of the mask
+PQ_INLINE int64_t rows_per_mask(const attn_item_ctx * c) { return c->n_head_mask == 1 ? c->pl.n_group : 1; }
+
+// Starts an item for one stream, KV head and block of query tokens: sums that have seen no cell.
+void attn_begin(attn_item_ctx * c, const pq_attn_params * p, int64_t base, void * scratch) {
+    c->p  = p;
+    c->pl = pq_attn_make_plan(p);
+    pq_arena a = pq_arena_begin(scratch);
+    c->s = pq_attn_carve(&a, &c->pl);
+
+    const int64_t block = base % c->pl.n_block;
+    c->head_kv = base / c->pl.n_block % p->n_head_kv;
+    c->stream  = base / c->pl.n_block / p->n_head_kv;
+    c->tok0    = block * c->pl.n_tok;
+    c->n_tok   = pq_min(c->pl.n_tok, p->n_q - c->tok0);
+    c->n_rows  = c->n_tok * c->pl.n_group;
 
     const uint32_t n_head_log2 = 1u << (uint32_t) floor(log2((double) p->n_head));
     const float    m0 = powf(2.0f, -(p->max_bias       ) / n_head_log2);
     const float    m1 = powf(2.0f, -(p->max_bias / 2.0f) / n_head_log2);
+    const int64_t  rows = pq_max(c->n_rows, c->pl.rp);
+    for (int64_t r = 0; r < rows; r++) {
+        c->s.m[r]     = -INFINITY;
+        c->s.sum[r]   = 0.0f;
+        c->s.slope[r] = 1.0f;
+        if (r < c->n_rows && p->max_bias > 0.0f) {
+            const uint32_t h = (uint32_t) row_head(c, r);
+            c->s.slope[r] = h < n_head_log2 ? powf(m0, (float) (h + 1)) : powf(m1, (float) (2 * (h - n_head_log2) + 1));
+        }
+    }
+    memset(c->s.o, 0, (size_t) (rows * c->pl.dv) * sizeof(float));
+}
+
+// Reads the queries, once there is a cell to meet, and maps them for coded K: q' = T^-1 q, so that q'.y = q.(x - mu).
+void attn_queries(attn_item_ctx * c) {
+    if (c->has_queries) {
+        return;
+    }
+    c->has_queries = true;
+    const pq_attn_params * p = c->p;
+    const int64_t D = c->k.D, ld = c->pl.dk;
+    const int64_t rows = pq_max(c->n_rows, c->pl.rp); // those past n_rows fill up a vector
 
     float * q = c->k_block.T_inv ? c->s.q : c->s.qt;
     memset(q, 0, (size_t) (rows * ld) * sizeof(float));
     if (c->k_block.T_inv) {
         memset(c->s.qt, 0, (size_t) (rows * ld) * sizeof(float));
     }
-    for (int64_t r = 0; r < rows; r++) {
-        c->s.m[r]     = -INFINITY;
-        c->s.sum[r]   = 0.0f;
-        c->s.q_mu[r]  = 0.0f;
-        c->s.slope[r] = 1.0f;
-        if (r >= c->n_rows) {
-            continue; // rows that fill up a vector
-        }
-        const uint32_t h = (uint32_t) row_head(c, r);
-        memcpy(q + r * ld, p->q + row_tok(c, r) * p->q_token_stride + h * p->q_head_stride + c->stream * p->q_stream_stride,
+    memset(c->s.q_mu, 0, (size_t) rows * sizeof(float));
+    for (int64_t r = 0; r < c->n_rows; r++) {
+        memcpy(q + r * ld, p->q + row_tok(c, r) * p->q_token_stride + row_head(c, r) * p->q_head_stride + c->stream * p->q_stream_stride,
                (size_t) D * sizeof(float));
-        if (p->max_bias > 0.0f) {
-            c->s.slope[r] = h < n_head_log2 ? powf(m0, (float) (h + 1)) : powf(m1, (float) (2 * (h - n_head_log2) + 1));
-        }
         if (c->k_block.mu) {
             V8::T sum = V8::zero();
             for (int64_t i = 0; i < D; i += 8) {
@@ -563,21 +637,53 @@ void attn_queries(attn_item_ctx * c) {
             c->s.q_mu[r] = V8::hsum(sum);
         }
     }
-    if (c->k_block.T_inv) {
-        gemm_nt(q, ld, c->n_rows, c->k_block.T_inv, D, c->s.qt, ld, D, D);
+    const uint16_t * T_inv = c->k_block.T_inv;
+    if (!T_inv) {
+        return;
     }
-    memset(c->s.o, 0, (size_t) (rows * c->pl.dv) * sizeof(float));
+    switch (c->pl.rp) {
+        case 1:  map_few<1>(q, ld, T_inv, D, c->s.qt, ld); break;
+        case 2:  map_few<2>(q, ld, T_inv, D, c->s.qt, ld); break;
+        case 4:  map_few<4>(q, ld, T_inv, D, c->s.qt, ld); break;
+        case 8:  map_few<8>(q, ld, T_inv, D, c->s.qt, ld); break;
+        default:
+            for (int64_t j = 0; j < D; j += PW) { // the last panel may reach into the padding of a row of s.qt
+                transpose_f16([=](int64_t i) { return j + i < D ? T_inv + (j + i) * D : zero_row; }, PW, D, c->s.kt);
+                gemm_panel<2, false>(q, ld, c->n_rows, c->s.kt, PW, c->s.qt + j, ld, D, false);
+            }
+            break;
+    }
 }
 
-// Adds the sinks, maps the sums back (o T^-1 + mu times the weight of the coded rows) and writes the result.
+// Turns the sums of coded V, p y, into sums of p x: o T^-1 + mu times the sum of the weights.
+void attn_map_back(attn_item_ctx * c) {
+    const int64_t D = c->v.D, ld = c->pl.dv;
+    const int64_t rows = pq_max(c->n_rows, c->pl.rp);
+    bool empty = true;
+    for (int64_t r = 0; r < c->n_rows; r++) {
+        empty = empty && c->s.m[r] == -INFINITY;
+    }
+    if (c->v.type == PQ_TYPE_COUNT || empty) {
+        return;
+    }
+    if (c->v_block.T_inv) {
+        gemm<false>(c->s.o, ld, rows, c->v_block.T_inv, D, c->s.q, ld, D, D);
+        float * mapped = c->s.q;
+        c->s.q = c->s.o;
+        c->s.o = mapped;
+    }
+    for (int64_t r = 0; r < c->n_rows; r++) {
+        const V8::T sum = V8::set1(c->s.sum[r]);
+        float * o = c->s.o + r * ld;
+        for (int64_t i = 0; i < D; i += 8) {
+            V8::store(o + i, V8::madd(sum, V8::load(c->v_block.mu + i), V8::load(o + i)));
+        }
+    }
+}
+
+// Adds the sinks, which have no value, and writes the result.
 void attn_write(attn_item_ctx * c) {
     const pq_attn_params * p = c->p;
-    const int64_t D = p->v.D, ld = c->pl.dv;
-    float * out = c->s.o;
-    if (c->v_block.T_inv) {
-        out = c->s.q;
-        gemm<false>(c->s.o, ld, c->n_rows, c->v_block.T_inv, D, out, ld, D, D);
-    }
     for (int64_t r = 0; r < c->n_rows; r++) {
         float m = c->s.m[r], sum = c->s.sum[r], weight = 1.0f;
         const int64_t h = row_head(c, r);
@@ -590,55 +696,52 @@ void attn_write(attn_item_ctx * c) {
                 sum += expf(sink - m);
             }
         }
-        const float inv    = sum == 0.0f ? 0.0f : weight / sum;
-        const float w_mu   = sum == 0.0f ? 0.0f : c->s.sum[r] * inv; // the sink has no value, hence no mu
-        float     * dst    = (float *) ((uint8_t *) p->dst + c->stream * p->dst_stream_stride + row_tok(c, r) * p->dst_token_stride
-                                        + h * p->dst_head_stride);
-        for (int64_t i = 0; i < D; i++) {
-            dst[i] = out[r * ld + i] * inv + (c->v_block.mu ? c->v_block.mu[i] * w_mu : 0.0f);
+        const float   inv = sum == 0.0f ? 0.0f : weight / sum;
+        const float * o   = c->s.o + r * c->pl.dv;
+        float       * dst = (float *) ((uint8_t *) p->dst + c->stream * p->dst_stream_stride + row_tok(c, r) * p->dst_token_stride
+                                       + h * p->dst_head_stride);
+        for (int64_t i = 0; i < p->v.D; i++) {
+            dst[i] = o[i] * inv;
         }
     }
 }
 
-void attn_end(attn_item_ctx * c, int64_t base, void * partials) {
-    if (c->pl.n_chunk == 1) {
-        attn_write(c);
-        return;
-    }
-    float * part = (float *) partials + (base * c->pl.n_chunk + c->chunk) * c->pl.partial_floats;
+// A partial result, written by one item and merged by the reduce item of its base: max [n_rows] | sum [n_rows] | O [n_rows][dv]
+void attn_save(const attn_item_ctx * c, float * part) {
     memcpy(part,                c->s.m,   (size_t) c->n_rows * sizeof(float));
     memcpy(part + c->pl.n_rows, c->s.sum, (size_t) c->n_rows * sizeof(float));
     memcpy(part + 2 * c->pl.n_rows, c->s.o, (size_t) (c->n_rows * c->pl.dv) * sizeof(float));
 }
 
-void attn_reduce_item(const pq_attn_params * p, int64_t item, void * partials, void * scratch) {
-    attn_item_ctx ctx, * c = &ctx;
-    attn_begin(c, p, item, 0, scratch);
+void attn_merge(attn_item_ctx * c, const float * part) {
     const int64_t ld = c->pl.dv;
-    const float * parts = (const float *) partials + item * c->pl.n_chunk * c->pl.partial_floats;
-
     for (int64_t r = 0; r < c->n_rows; r++) {
-        float m = -INFINITY, sum = 0.0f;
-        for (int64_t i = 0; i < c->pl.n_chunk; i++) {
-            const float m_i = parts[i * c->pl.partial_floats + r];
-            m = m_i > m ? m_i : m;
+        if (part[r] == -INFINITY) {
+            continue;
         }
-        float * o = c->s.o + r * ld;
-        memset(o, 0, (size_t) ld * sizeof(float));
-        for (int64_t i = 0; i < c->pl.n_chunk; i++) {
-            const float * part = parts + i * c->pl.partial_floats;
-            if (part[r] == -INFINITY) {
-                continue;
-            }
-            const float f = expf(part[r] - m);
-            sum += part[c->pl.n_rows + r] * f;
-            const float * o_i = part + 2 * c->pl.n_rows + r * ld;
-            for (int64_t j = 0; j < ld; j += V::N) {
-                V::store(o + j, V::madd(V::load(o_i + j), V::set1(f), V::load(o + j)));
-            }
+        const float m = c->s.m[r] > part[r] ? c->s.m[r] : part[r];
+        const float f_old = expf(c->s.m[r] - m), f_new = expf(part[r] - m);
+        float       * o     = c->s.o + r * ld;
+        const float * o_new = part + 2 * c->pl.n_rows + r * ld;
+        for (int64_t j = 0; j < ld; j += V::N) {
+            V::store(o + j, V::madd(V::load(o_new + j), V::set1(f_new), V::mul(V::load(o + j), V::set1(f_old))));
         }
         c->s.m[r]   = m;
-        c->s.sum[r] = sum;
+        c->s.sum[r] = c->s.sum[r] * f_old + part[c->pl.n_rows + r] * f_new;
+    }
+}
+
+void attn_reduce_item(const pq_attn_params * p, int64_t item, void * partials, void * scratch) {
+    attn_item_ctx ctx, * c = &ctx;
+    attn_begin(c, p, item, scratch);
+    attn_use_cache(c, 0);
+    const float * parts = (const float *) partials + item * c->pl.n_part * c->pl.partial_floats;
+    for (int64_t i = 0; i < c->pl.n_chunk; i++) {
+        attn_merge(c, parts + i * c->pl.partial_floats);
+    }
+    attn_map_back(c);
+    for (int64_t i = c->pl.n_chunk; i < c->pl.n_part; i++) { // the tail
+        attn_merge(c, parts + i * c->pl.partial_floats);
     }
     attn_write(c);
 }
@@ -658,8 +761,8 @@ template <int TYPE>
 void load_k_tile(attn_item_ctx * c, int64_t cell0, int64_t n) {
     constexpr int DSUB = geom<TYPE>::DSUB;
     constexpr int KSUB = geom<TYPE>::KSUB;
-    const int64_t D = c->p->k.D, M = D / DSUB;
-    unpack_cells<TYPE>(c->k_data, c->p->k.row_stride, [=](int64_t t) { return cell0 + pq_min(t, n - 1); }, // the mask takes repeats out
+    const int64_t D = c->k.D, M = D / DSUB;
+    unpack_cells<TYPE>(c->k_data, c->k.row_stride, [=](int64_t t) { return cell0 + pq_min(t, n - 1); }, // the mask takes repeats out
                        PQ_KV_TILE, M, c->s.staged, PQ_KV_TILE * 8);
     for (int64_t m = 0; m < M; m++) {
         const uint8_t  * src = c->s.staged + m / 8 * PQ_KV_TILE * 8 + m % 8;
@@ -678,65 +781,97 @@ void load_k_tile(attn_item_ctx * c, int64_t cell0, int64_t n) {
 
 template <int TYPE>
 void load_v_tile(attn_item_ctx * c, int64_t cell0, int64_t n) {
-    const int64_t D = c->p->v.D, M = D / geom<TYPE>::DSUB;
-    unpack_cells<TYPE>(c->v_data, c->p->v.row_stride, [=](int64_t t) { return cell0 + pq_min(t, n - 1); }, // weight 0 for repeats
+    const int64_t D = c->v.D, M = D / geom<TYPE>::DSUB;
+    unpack_cells<TYPE>(c->v_data, c->v.row_stride, [=](int64_t t) { return cell0 + pq_min(t, n - 1); }, // weight 0 for repeats
                        PQ_KV_TILE, M, c->s.staged, PQ_KV_TILE * 8);
     decode_rows<TYPE>(c->s.staged, PQ_KV_TILE, PQ_KV_TILE, D, c->v_block.centroids, c->s.vt, PW,
                       [](int64_t d) { return d / PW * PQ_KV_TILE * PW + d % PW; });
 }
 
+// Of a side without codes, a cell that no row sees may hold anything, and 0 * NaN is not 0: it is read as zeros.
+void load_plain_k_tile(attn_item_ctx * c, int64_t cell0, const bool * seen) {
+    const int64_t D = c->k.D;
+    auto row = [=](int64_t t) {
+        return seen[t] ? (const uint16_t *) (c->k_data + (cell0 + t) * (int64_t) c->k.row_stride) : zero_row;
+    };
+    if (is_f16(c->k)) {
+        transpose_f16(row, PQ_KV_TILE, D, c->s.kt);
+        return;
+    }
+    for (int64_t t = 0; t < PQ_KV_TILE; t++) {
+        if (seen[t]) {
+            c->k.to_float(row(t), c->s.row, D);
+        } else {
+            memset(c->s.row, 0, (size_t) D * sizeof(float));
+        }
+        float * dst = c->s.kt + t / PW * D * PW + t % PW;
+        for (int64_t d = 0; d < D; d++) {
+            dst[d * PW] = c->s.row[d];
+        }
+    }
+}
+
+void load_plain_v_tile(attn_item_ctx * c, int64_t cell0, const bool * seen) {
+    const int64_t D = c->v.D;
+    for (int64_t t = 0; t < PQ_KV_TILE; t++) {
+        const uint8_t * row = seen[t] ? c->v_data + (cell0 + t) * (int64_t) c->v.row_stride : (const uint8_t *) zero_row;
+        if (is_f16(c->v)) {
+            for (int64_t d = 0; d < D; d += 8) {
+                V8::store(c->s.vt + (d / PW * PQ_KV_TILE + t) * PW + d % PW, V8::load_f16((const uint16_t *) row + d));
+            }
+            continue;
+        }
+        if (seen[t]) {
+            c->v.to_float(row, c->s.row, D);
+        } else {
+            memset(c->s.row, 0, (size_t) D * sizeof(float));
+        }
+        for (int64_t d = 0; d < D; d += PW) {
+            memcpy(c->s.vt + (d / PW * PQ_KV_TILE + t) * PW, c->s.row + d, (size_t) pq_min(PW, D - d) * sizeof(float));
+        }
+    }
+}
+
 // scores of a tile, s [rows][PQ_KV_TILE]; what stands past column n is finite and meaningless
-void tile_scores(attn_item_ctx * c, int64_t cell0, int64_t n) {
-    const pq_attn_side & k = c->p->k;
-    const int64_t ld = c->pl.dk;
-    switch (k.type) {
+void tile_scores(attn_item_ctx * c, int64_t cell0, int64_t n, const bool * seen) {
+    const int64_t D = c->k.D;
+    switch (c->k.type) {
         case PQ_TYPE_PQ4: load_k_tile<PQ_TYPE_PQ4>(c, cell0, n); break;
         case PQ_TYPE_PQ3: load_k_tile<PQ_TYPE_PQ3>(c, cell0, n); break;
         case PQ_TYPE_PQ2: load_k_tile<PQ_TYPE_PQ2>(c, cell0, n); break;
-        default:
-            for (int64_t t = 0; t < PQ_KV_TILE; t++) {
-                float * row = c->s.kt + t * ld;
-                memset(row + k.D / 8 * 8, 0, (size_t) (ld - k.D / 8 * 8) * sizeof(float));
-                k.to_float(c->k_data + (cell0 + pq_min(t, n - 1)) * k.row_stride, row, k.D);
-            }
-            gemm_nt(c->s.qt, ld, c->n_rows, c->s.kt, ld, c->s.s, PQ_KV_TILE, PQ_KV_TILE, pq_round_up(k.D, 8));
-            return;
+        default:          load_plain_k_tile(c, cell0, seen);     break;
     }
     for (int64_t t = 0; t < PQ_KV_TILE; t += PW) {
-        gemm_panel<2, false>(c->s.qt, ld, c->n_rows, c->s.kt + t * k.D, PW, c->s.s + t, PQ_KV_TILE, k.D, false);
+        gemm_panel<2, false>(c->s.qt, c->pl.dk, c->n_rows, c->s.kt + t * D, PW, c->s.s + t, PQ_KV_TILE, D, false);
     }
 }
 
-void tile_values(attn_item_ctx * c, int64_t cell0, int64_t n) {
-    const pq_attn_side & v = c->p->v;
-    switch (v.type) {
+void tile_values(attn_item_ctx * c, int64_t cell0, int64_t n, const bool * seen) {
+    switch (c->v.type) {
         case PQ_TYPE_PQ4: load_v_tile<PQ_TYPE_PQ4>(c, cell0, n); break;
         case PQ_TYPE_PQ3: load_v_tile<PQ_TYPE_PQ3>(c, cell0, n); break;
         case PQ_TYPE_PQ2: load_v_tile<PQ_TYPE_PQ2>(c, cell0, n); break;
-        default:
-            for (int64_t t = 0; t < PQ_KV_TILE; t++) {
-                // a cell that no row sees may hold anything, and 0 * NaN is not 0
-                bool seen = false;
-                for (int64_t r = 0; r < c->n_rows && !seen; r++) {
-                    seen = c->s.s[r * PQ_KV_TILE + t] != 0.0f;
-                }
-                if (seen) {
-                    v.to_float(c->v_data + (cell0 + pq_min(t, n - 1)) * v.row_stride, c->s.row, v.D);
-                } else {
-                    memset(c->s.row, 0, (size_t) v.D * sizeof(float));
-                }
-                for (int64_t d = 0; d < v.D; d += PW) {
-                    memcpy(c->s.vt + (d / PW * PQ_KV_TILE + t) * PW, c->s.row + d, (size_t) pq_min(PW, v.D - d) * sizeof(float));
-                }
-            }
-            break;
+        default:          load_plain_v_tile(c, cell0, seen);     break;
     }
-    gemm_panels(c->s.s, PQ_KV_TILE, c->n_rows, c->s.vt, c->s.o, c->pl.dv, v.D, PQ_KV_TILE, true);
+    gemm_panels(c->s.s, PQ_KV_TILE, c->n_rows, c->s.vt, c->s.o, c->pl.dv, c->v.D, PQ_KV_TILE, true);
+}
+
+// Which of the n cells of a tile some row sees; those past n are not seen.
+void tile_seen(const attn_item_ctx * c, int64_t cell0, int64_t n, bool * seen) {
+    uint16_t any[PQ_KV_TILE] = { 0 }; // not zero: seen
+    for (int64_t r = 0; c->mask && r < c->n_rows; r += rows_per_mask(c)) {
+        const uint16_t * mask = mask_row(c, r) + cell0;
+        for (int64_t t = 0; t < n; t++) {
+            any[t] |= mask[t] ^ 0xfc00;
+        }
+    }
+    for (int64_t t = 0; t < PQ_KV_TILE; t++) {
+        seen[t] = t < n && (!c->mask || any[t] != 0);
+    }
 }
 
 bool tile_is_masked(const attn_item_ctx * c, int64_t cell0, int64_t n) {
-    const int64_t n_group = c->p->n_head_mask == 1 ? c->pl.n_group : 1; // heads that share a mask row
-    for (int64_t r = 0; r < c->n_rows; r += n_group) {
+    for (int64_t r = 0; r < c->n_rows; r += rows_per_mask(c)) {
         const uint16_t * mask = mask_row(c, r) + cell0;
         int64_t t = 0;
         for (; t + 4 <= n; t += 4) {
@@ -760,7 +895,7 @@ void tile_softmax(attn_item_ctx * c, int64_t cell0, int64_t n, float scale) {
     const pq_attn_params * p = c->p;
     for (int64_t r = 0; r < c->n_rows; r++) {
         float * s = c->s.s + r * PQ_KV_TILE;
-        const uint16_t * mask = p->mask ? mask_row(c, r) + cell0 : NULL;
+        const uint16_t * mask = c->mask ? mask_row(c, r) + cell0 : NULL;
         uint16_t last[PQ_KV_TILE];
         if (n < PQ_KV_TILE) {
             for (int64_t t = 0; t < PQ_KV_TILE; t++) {
@@ -809,12 +944,17 @@ void tile_softmax(attn_item_ctx * c, int64_t cell0, int64_t n, float scale) {
 void attn_many_rows(attn_item_ctx * c, float scale) {
     for (int64_t cell = c->kv0; cell < c->kv1; cell += PQ_KV_TILE) {
         const int64_t n = pq_min(PQ_KV_TILE, c->kv1 - cell);
-        if (c->p->mask && tile_is_masked(c, cell, n)) {
+        if (c->mask && tile_is_masked(c, cell, n)) {
             continue;
         }
-        tile_scores(c, cell, n);
+        bool seen[PQ_KV_TILE];
+        if (c->k.type == PQ_TYPE_COUNT || c->v.type == PQ_TYPE_COUNT) {
+            tile_seen(c, cell, n, seen);
+        }
+        attn_queries(c);
+        tile_scores(c, cell, n, seen);
         tile_softmax(c, cell, n, scale);
-        tile_values(c, cell, n);
+        tile_values(c, cell, n, seen);
     }
 }
 
@@ -822,10 +962,9 @@ void attn_many_rows(attn_item_ctx * c, float scale) {
 
 // Lists the cells that some row may see. Returns their number; *plain tells that no score needs an addition.
 int64_t few_cells(attn_item_ctx * c, int64_t cell0, int64_t n, bool * plain) {
-    const pq_attn_params * p = c->p;
     int32_t * cells = c->s.cells;
     *plain = true;
-    if (!p->mask) {
+    if (!c->mask) {
         for (int64_t t = 0; t < n; t++) {
             cells[t] = (int32_t) t;
         }
@@ -833,7 +972,7 @@ int64_t few_cells(attn_item_ctx * c, int64_t cell0, int64_t n, bool * plain) {
     }
     const uint16_t * masks[PQ_FEW_ROWS];
     int n_masks = 0;
-    for (int64_t r = 0; r < c->n_rows; r += p->n_head_mask == 1 ? c->pl.n_group : 1) {
+    for (int64_t r = 0; r < c->n_rows; r += rows_per_mask(c)) {
         masks[n_masks++] = mask_row(c, r) + cell0;
     }
     int64_t n_cells = 0;
@@ -927,8 +1066,8 @@ void few_scores_coded(attn_item_ctx * c, int64_t n) {
     constexpr int DSUB = geom<TYPE>::DSUB;
     constexpr int KSUB = geom<TYPE>::KSUB;
     constexpr int NB   = RP <= 2 ? 8 : 4; // subspaces per pass: their tables should fit into the L1 cache
-    const int64_t M = c->p->k.D / DSUB, ld = c->pl.dk;
-    few_stage<TYPE>(c, c->p->k, c->k_data, n);
+    const int64_t M = c->k.D / DSUB, ld = c->pl.dk;
+    few_stage<TYPE>(c, c->k, c->k_data, n);
     for (int64_t m0 = 0; m0 < M; m0 += NB) {
         for (int64_t j = 0; j < NB; j++) {
             float * table = c->s.table + j * KSUB * RP;
@@ -946,15 +1085,56 @@ void few_scores_coded(attn_item_ctx * c, int64_t n) {
     }
 }
 
+PQ_INLINE const uint8_t * few_row(const attn_item_ctx * c, const pq_attn_side & side, const uint8_t * data, int64_t i) {
+    return data + (size_t) c->s.cells[i] * side.row_stride;
+}
+
+// s [n][RP] = q.k of f16 rows
+template <int RP>
+void few_scores_f16(attn_item_ctx * c, int64_t n) {
+    constexpr int NC = 8 / RP; // cells at once: the sums of NC cells and RP rows fill one vector
+    for (int64_t i = 0; i < n; i += NC) {
+        const uint16_t * k[NC];
+        PQ_UNROLL
+        for (int j = 0; j < NC; j++) {
+            k[j] = (const uint16_t *) few_row(c, c->k, c->k_data, pq_min(i + j, n - 1));
+        }
+        V8::T sum[8];
+        PQ_UNROLL
+        for (int j = 0; j < 8; j++) {
+            sum[j] = V8::zero();
+        }
+        for (int64_t d = 0; d < c->k.D; d += 8) {
+            V8::T q[RP];
+            PQ_UNROLL
+            for (int r = 0; r < RP; r++) {
+                q[r] = V8::load(c->s.qt + r * c->pl.dk + d);
+            }
+            PQ_UNROLL
+            for (int j = 0; j < NC; j++) {
+                const V8::T x = V8::load_f16(k[j] + d);
+                PQ_UNROLL
+                for (int r = 0; r < RP; r++) {
+                    sum[j * RP + r] = V8::madd(q[r], x, sum[j * RP + r]);
+                }
+            }
+        }
+        V8::store(c->s.s + i * RP, V8::hsum_8(sum));
+    }
+}
+
 template <int RP>
 void few_scores(attn_item_ctx * c, int64_t n) {
-    const pq_attn_side & k = c->p->k;
+    if (is_f16(c->k)) {
+        few_scores_f16<RP>(c, n);
+        return;
+    }
     for (int64_t i = 0; i < n; i++) {
         for (int r = 0; r < RP; r++) {
             c->s.s[i * RP + r] = c->s.q_mu[r];
         }
     }
-    switch (k.type) {
+    switch (c->k.type) {
         case PQ_TYPE_PQ4: few_scores_coded<PQ_TYPE_PQ4, RP>(c, n); return;
         case PQ_TYPE_PQ3: few_scores_coded<PQ_TYPE_PQ3, RP>(c, n); return;
         case PQ_TYPE_PQ2: few_scores_coded<PQ_TYPE_PQ2, RP>(c, n); return;
@@ -962,10 +1142,10 @@ void few_scores(attn_item_ctx * c, int64_t n) {
     }
     memset(c->s.row, 0, (size_t) c->pl.dk * sizeof(float));
     for (int64_t i = 0; i < n; i++) {
-        k.to_float(c->k_data + c->s.cells[i] * k.row_stride, c->s.row, k.D);
+        c->k.to_float(few_row(c, c->k, c->k_data, i), c->s.row, c->k.D);
         for (int r = 0; r < RP; r++) {
             V8::T sum = V8::zero();
-            for (int64_t d = 0; d < k.D; d += 8) {
+            for (int64_t d = 0; d < c->k.D; d += 8) {
                 sum = V8::madd(V8::load(c->s.qt + r * c->pl.dk + d), V8::load(c->s.row + d), sum);
             }
             c->s.s[i * RP + r] = V8::hsum(sum);
@@ -979,8 +1159,8 @@ void few_values_coded(attn_item_ctx * c, int64_t n) {
     constexpr int DSUB = geom<TYPE>::DSUB;
     constexpr int KSUB = geom<TYPE>::KSUB;
     constexpr int NV   = RP <= 4 ? 2 : 1; // vectors of 8 elements per pass: RP * NV sums in registers
-    const int64_t D = c->p->v.D;
-    few_stage<TYPE>(c, c->p->v, c->v_data, n);
+    const int64_t D = c->v.D;
+    few_stage<TYPE>(c, c->v, c->v_data, n);
     for (int64_t d0 = 0; d0 < D; d0 += 8 * NV) {
         const int64_t    m0 = d0 / DSUB;
         const int64_t    n_floats = pq_min(8 * NV, D - d0) * KSUB;
@@ -1025,22 +1205,69 @@ void few_values_coded(attn_item_ctx * c, int64_t n) {
     }
 }
 
+// the same with f16 rows, NV vectors of 8 elements from d0 on
+template <int RP, int NV>
+PQ_INLINE void few_values_f16(attn_item_ctx * c, int64_t d0, int64_t n) {
+    V8::T o[RP][NV];
+    PQ_UNROLL
+    for (int r = 0; r < RP; r++) {
+        PQ_UNROLL
+        for (int j = 0; j < NV; j++) {
+            o[r][j] = V8::load(c->s.o + r * c->pl.dv + d0 + 8 * j);
+        }
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const uint16_t * row = (const uint16_t *) few_row(c, c->v, c->v_data, i) + d0;
+        V8::T x[NV];
+        PQ_UNROLL
+        for (int j = 0; j < NV; j++) {
+            x[j] = V8::load_f16(row + 8 * j);
+        }
+        PQ_UNROLL
+        for (int r = 0; r < RP; r++) {
+            const V8::T w = V8::set1(c->s.s[i * RP + r]);
+            PQ_UNROLL
+            for (int j = 0; j < NV; j++) {
+                o[r][j] = V8::madd(w, x[j], o[r][j]);
+            }
+        }
+    }
+    PQ_UNROLL
+    for (int r = 0; r < RP; r++) {
+        PQ_UNROLL
+        for (int j = 0; j < NV; j++) {
+            V8::store(c->s.o + r * c->pl.dv + d0 + 8 * j, o[r][j]);
+        }
+    }
+}
+
 template <int RP>
 void few_values(attn_item_ctx * c, int64_t n) {
-    const pq_attn_side & v = c->p->v;
-    switch (v.type) {
+    const int64_t D = c->v.D;
+    switch (c->v.type) {
         case PQ_TYPE_PQ4: few_values_coded<PQ_TYPE_PQ4, RP>(c, n); return;
         case PQ_TYPE_PQ3: few_values_coded<PQ_TYPE_PQ3, RP>(c, n); return;
         case PQ_TYPE_PQ2: few_values_coded<PQ_TYPE_PQ2, RP>(c, n); return;
         default: break;
     }
+    if (is_f16(c->v)) {
+        constexpr int NV = 8 / RP; // RP * NV sums in registers
+        int64_t d = 0;
+        for (; d + 8 * NV <= D; d += 8 * NV) {
+            few_values_f16<RP, NV>(c, d, n);
+        }
+        for (; d < D; d += 8) {
+            few_values_f16<RP, 1>(c, d, n);
+        }
+        return;
+    }
     memset(c->s.row, 0, (size_t) c->pl.dv * sizeof(float));
     for (int64_t i = 0; i < n; i++) {
-        v.to_float(c->v_data + c->s.cells[i] * v.row_stride, c->s.row, v.D);
+        c->v.to_float(few_row(c, c->v, c->v_data, i), c->s.row, D);
         for (int r = 0; r < RP; r++) {
             const V8::T w = V8::set1(c->s.s[i * RP + r]);
             float * o = c->s.o + r * c->pl.dv;
-            for (int64_t d = 0; d < v.D; d += 8) {
+            for (int64_t d = 0; d < D; d += 8) {
                 V8::store(o + d, V8::madd(w, V8::load(c->s.row + d), V8::load(o + d)));
             }
         }
@@ -1142,19 +1369,17 @@ void attn_few_rows(attn_item_ctx * c, float scale) {
         if (n == 0) {
             continue;
         }
-        c->k_data = k_data + cell * c->p->k.row_stride;
-        c->v_data = v_data + cell * c->p->v.row_stride;
+        c->k_data = k_data + cell * c->k.row_stride;
+        c->v_data = v_data + cell * c->v.row_stride;
+        attn_queries(c);
         few_scores<RP>(c, n);
         few_softmax<RP>(c, cell, n, plain, scale);
         few_values<RP>(c, n);
     }
 }
 
-void attn_item(const pq_attn_params * p, int64_t item, void * partials, void * scratch) {
-    attn_item_ctx ctx, * c = &ctx;
-    const int64_t n_chunk = pq_attn_make_plan(p).n_chunk;
-    attn_begin(c, p, item / n_chunk, item % n_chunk, scratch);
-    attn_queries(c);
+void attn_run(attn_item_ctx * c) {
+    const pq_attn_params * p = c->p;
     const float scale = p->logit_softcap != 0.0f ? p->scale / p->logit_softcap : p->scale;
     switch (c->pl.rp) {
         case 1:  attn_few_rows<1>(c, scale); break;
@@ -1163,7 +1388,29 @@ void attn_item(const pq_attn_params * p, int64_t item, void * partials, void * s
         case 8:  attn_few_rows<8>(c, scale); break;
         default: attn_many_rows(c, scale);   break;
     }
-    attn_end(c, item / n_chunk, partials);
+}
+
+void attn_item(const pq_attn_params * p, int64_t item, void * partials, void * scratch) {
+    attn_item_ctx ctx, * c = &ctx;
+    const int64_t n_part = pq_attn_make_plan(p).n_part;
+    const int64_t part   = item % n_part;
+    attn_begin(c, p, item / n_part, scratch);
+    if (part < c->pl.n_chunk) {
+        attn_use_cache(c, part);
+        attn_run(c);
+    }
+    if (n_part == 1) {
+        attn_map_back(c);
+    }
+    if (p->tail.n > 0 && part == n_part - 1) {
+        attn_use_tail(c);
+        attn_run(c);
+    }
+    if (n_part == 1) {
+        attn_write(c);
+    } else {
+        attn_save(c, (float *) partials + item * c->pl.partial_floats);
+    }
 }
 
 // ---- k-means ----

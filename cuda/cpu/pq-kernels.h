@@ -25,6 +25,8 @@ const pq_kernels * pq_kernels_scalar(void);
 const pq_kernels * pq_kernels_avx2(void);
 const pq_kernels * pq_kernels_avx512(void);
 
+const pq_kernels * pq_kernels_current(void); // those that the functions of pq-cpu.h run
+
 static inline int64_t pq_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t pq_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t pq_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -99,7 +101,9 @@ static inline pq_decode_scratch pq_decode_carve(pq_arena * a, int64_t D) {
     return s;
 }
 
-// ---- attention: item = (stream, KV head, block of query tokens, chunk of cells), chunks fastest ----
+// ---- attention: item = (stream, KV head, block of query tokens, part), parts fastest ----
+//
+// A part is a chunk of the cache's cells, or the exact tail. Without a split over the context one item does both.
 
 struct pq_attn_plan {
     int32_t n_group;   // query heads per KV head
@@ -110,6 +114,7 @@ struct pq_attn_plan {
     int64_t n_base;    // items without the split over the context
     int64_t n_chunk;
     int64_t chunk;     // cells per chunk
+    int64_t n_part;    // n_chunk, and one more for the tail when there are several
     int64_t dk, dv;    // padded head sizes
     int64_t partial_floats; // max [n_rows] | sum [n_rows] | O [n_rows][dv]
 };
@@ -131,10 +136,12 @@ static inline pq_attn_plan pq_attn_make_plan(const pq_attn_params * p) {
     pl.n_rows  = pl.n_tok * pl.n_group;
     pl.n_base  = (int64_t) p->n_stream * p->n_head_kv * pl.n_block;
 
-    pl.n_chunk = pq_min(pq_ceil_div(PQ_MIN_ITEMS, pq_max(1, pl.n_base)), pq_ceil_div(p->n_kv, 512));
+    const int64_t min_chunk = pl.rp ? PQ_KV_SEG / 2 : PQ_KV_SEG; // many rows: each chunk maps its queries again
+    pl.n_chunk = pq_min(pq_ceil_div(PQ_MIN_ITEMS, pq_max(1, pl.n_base)), pq_ceil_div(p->n_kv, min_chunk));
     pl.n_chunk = pq_max(1, pl.n_chunk);
     pl.chunk   = pq_max(PQ_KV_TILE, pq_round_up(pq_ceil_div(p->n_kv, pl.n_chunk), PQ_KV_TILE));
     pl.n_chunk = pq_max(1, pq_ceil_div(p->n_kv, pl.chunk));
+    pl.n_part  = pl.n_chunk + (pl.n_chunk > 1 && p->tail.n > 0);
 
     pl.dk = pq_padded(p->k.D);
     pl.dv = pq_padded(p->v.D);
@@ -143,8 +150,8 @@ static inline pq_attn_plan pq_attn_make_plan(const pq_attn_params * p) {
 }
 
 struct pq_attn_scratch {
-    float * q;      // [rows][dk]; later the mapped output [rows][dv]
-    float * qt;     // [rows][dk] mapped queries
+    float * q;      // [rows][dk]; later the output mapped back, [rows][dv]
+    float * qt;     // [rows][dk] queries as they meet K: mapped for codes
     float * q_mu;   // [rows]
     float * slope;  // [rows]
     float * m;      // [rows] running maximum
@@ -153,7 +160,7 @@ struct pq_attn_scratch {
     float * row;    // [max(dk, dv)] one converted row
 
     // many rows
-    float   * kt;     // [panels of cells][dk][panel], or [PQ_KV_TILE][dk] from another format
+    float   * kt;     // [panels of cells][dk][panel]
     float   * vt;     // [panels of dv][PQ_KV_TILE][panel]
     float   * s;      // [rows][PQ_KV_TILE]; few rows: [PQ_KV_SEG][rp]
     uint8_t * staged; // [groups][cells][8] codes, unpacked to bytes

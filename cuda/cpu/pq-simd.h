@@ -51,10 +51,34 @@ PQ_INLINE float pq_f16_to_f32(uint16_t h) {
     return f;
 }
 
+// To nearest even, as vcvtps2ph does: what is too large becomes infinity, and a NaN keeps its upper bits.
+PQ_INLINE uint16_t pq_f32_to_f16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) {
+        return (uint16_t) (sign | 0x7e00u | (bits >> 13 & 0x3ffu));
+    }
+    if (bits >= 0x477ff000u) { // 65520, half a step above the largest half
+        return (uint16_t) (sign | 0x7c00u);
+    }
+    if (bits < 0x38800000u) { // 2^-14: subnormal; adding 0.5 leaves as many bits as it has
+        float a;
+        memcpy(&a, &bits, 4);
+        a += 0.5f;
+        memcpy(&bits, &a, 4);
+        return (uint16_t) (sign | (bits - 0x3f000000u));
+    }
+    bits -= 112u << 23;
+    return (uint16_t) (sign | (bits + 0xfffu + (bits >> 13 & 1u)) >> 13);
+}
+
 #if defined(__AVX2__) && !defined(PQ_SCALAR)
 
 struct pq_vec8 {
     using T = __m256;
+    using H = __m128i; // as many halves
     enum { N = 8, MR = 6 /* 6 x 2 accumulators, 2 loads and 1 broadcast fill the 16 registers */ };
 
     PQ_MEMBER T    zero()                        { return _mm256_setzero_ps(); }
@@ -73,7 +97,11 @@ struct pq_vec8 {
     PQ_MEMBER T    if_eq(T a, T b, T x, T y)     { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
     PQ_MEMBER T    round(T a)                    { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     PQ_MEMBER T    iota()                        { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
-    PQ_MEMBER T    load_f16(const uint16_t * p)  { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+    PQ_MEMBER H    load_half(const uint16_t * p) { return _mm_loadu_si128((const __m128i *) p); }
+    PQ_MEMBER void store_half(uint16_t * p, H a) { _mm_storeu_si128((__m128i *) p, a); }
+    PQ_MEMBER T    from_half(H a)                { return _mm256_cvtph_ps(a); }
+    PQ_MEMBER H    to_half(T a)                  { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+    PQ_MEMBER T    load_f16(const uint16_t * p)  { return from_half(load_half(p)); }
 
     PQ_MEMBER T pow2(T n) { // n integral, -126..127
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
@@ -131,6 +159,38 @@ struct pq_vec8 {
         __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         x = _mm_add_ps(x, _mm_movehl_ps(x, x));
         return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+    }
+
+    // lane i: the sum of a[i]
+    PQ_MEMBER T hsum_8(const T * a) {
+        const T lo = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+        const T hi = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+        return _mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31));
+    }
+
+    // a square of halves: lane t of out[e] is rows[t][e]
+    PQ_MEMBER void load_f16_columns(const uint16_t * const * rows, int64_t at, T * out) {
+        __m128i r[8], a[8], b[8];
+        PQ_UNROLL
+        for (int i = 0; i < 8; i++) {
+            r[i] = load_half(rows[i] + at);
+        }
+        PQ_UNROLL
+        for (int i = 0; i < 8; i += 4) {
+            a[i]     = _mm_unpacklo_epi16(r[i],     r[i + 1]);
+            a[i + 1] = _mm_unpackhi_epi16(r[i],     r[i + 1]);
+            a[i + 2] = _mm_unpacklo_epi16(r[i + 2], r[i + 3]);
+            a[i + 3] = _mm_unpackhi_epi16(r[i + 2], r[i + 3]);
+            b[i]     = _mm_unpacklo_epi32(a[i],     a[i + 2]); // columns 0, 1 of four rows
+            b[i + 1] = _mm_unpackhi_epi32(a[i],     a[i + 2]); // 2, 3
+            b[i + 2] = _mm_unpacklo_epi32(a[i + 1], a[i + 3]);
+            b[i + 3] = _mm_unpackhi_epi32(a[i + 1], a[i + 3]);
+        }
+        PQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+            out[2 * i]     = from_half(_mm_unpacklo_epi64(b[i], b[i + 4]));
+            out[2 * i + 1] = from_half(_mm_unpackhi_epi64(b[i], b[i + 4]));
+        }
     }
 
     // two floats (or four halves) from each address, by way of a double, which the compiler loads straight into the register
@@ -285,7 +345,8 @@ struct pq_vec8 {
 #else
 
 struct pq_vec8 {
-    struct T { float v[8]; };
+    struct T { float    v[8]; };
+    struct H { uint16_t v[8]; };
     enum { N = 8, MR = 2 };
 
 #define PQ_LANES(expr) T r; for (int i = 0; i < 8; i++) { r.v[i] = (expr); } return r
@@ -308,7 +369,12 @@ struct pq_vec8 {
     PQ_MEMBER T    round(T a)                   { PQ_LANES((a.v[i] + 12582912.0f) - 12582912.0f); }
     PQ_MEMBER T    iota()                       { PQ_LANES((float) i); }
     PQ_MEMBER T    load_f16(const uint16_t * p) { PQ_LANES(pq_f16_to_f32(p[i])); }
+    PQ_MEMBER T    from_half(H a)               { PQ_LANES(pq_f16_to_f32(a.v[i])); }
 #undef PQ_LANES
+
+    PQ_MEMBER H    load_half(const uint16_t * p) { H r; memcpy(r.v, p, sizeof(r.v)); return r; }
+    PQ_MEMBER void store_half(uint16_t * p, H a) { memcpy(p, a.v, sizeof(a.v)); }
+    PQ_MEMBER H    to_half(T a)                  { H r; for (int i = 0; i < 8; i++) { r.v[i] = pq_f32_to_f16(a.v[i]); } return r; }
 
     PQ_MEMBER T pow2(T n) {
         T r;
@@ -351,6 +417,15 @@ struct pq_vec8 {
     PQ_MEMBER float hmin(T a) { float r = a.v[0]; for (int i = 1; i < 8; i++) { r = a.v[i] < r ? a.v[i] : r; } return r; }
     PQ_MEMBER float hsum(T a) {
         return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
+    }
+    PQ_MEMBER T hsum_8(const T * a) { T r; for (int i = 0; i < 8; i++) { r.v[i] = hsum(a[i]); } return r; }
+
+    PQ_MEMBER void load_f16_columns(const uint16_t * const * rows, int64_t at, T * out) {
+        for (int t = 0; t < 8; t++) {
+            for (int e = 0; e < 8; e++) {
+                out[e].v[t] = pq_f16_to_f32(rows[t][at + e]);
+            }
+        }
     }
 
     template <int RP, int NB>

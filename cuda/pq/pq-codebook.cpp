@@ -38,11 +38,34 @@ float read_f32(const uint8_t * p) {
     return value;
 }
 
+// Both by their bits: a codebook has millions of values, and the library's ldexp() and frexp() take longer than the inversion.
 double f16_to_f64(uint32_t h) {
-    const int    exponent = (int) (h >> 10 & 0x1f);
-    const double mantissa = (double) (h & 0x3ff);
-    const double value    = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
+    const uint32_t magnitude = h & 0x7fff;
+    double value = (double) magnitude * 0x1p-24; // subnormal
+    if (magnitude >= 0x400) {
+        const uint64_t bits = ((uint64_t) magnitude << 42) + ((uint64_t) (1023 - 15) << 52);
+        memcpy(&value, &bits, sizeof(value));
+    }
     return h & 0x8000 ? -value : value;
+}
+
+// The nearest half, ties to even. Returns false when there is none: NaN, or too large.
+bool f64_to_f16(double value, uint16_t & h) {
+    double a = std::fabs(value);
+    if (!(a < 65520.0)) { // half a step above 65504, the largest half
+        return false;
+    }
+    uint64_t bits;
+    if (a < 0x1p-14) {
+        a += 0x1p28; // doubles there are as far apart as subnormal halves
+        memcpy(&bits, &a, sizeof(bits));
+    } else {
+        memcpy(&bits, &a, sizeof(bits));
+        bits -= (uint64_t) (1023 - 15) << 52;
+        bits  = (bits + ((uint64_t) 1 << 41) - 1 + (bits >> 42 & 1)) >> 42;
+    }
+    h = (uint16_t) ((bits & 0x7fff) | (std::signbit(value) ? 0x8000u : 0u));
+    return true;
 }
 
 struct crc32_table {
@@ -105,48 +128,78 @@ bool f32_all_finite(const uint8_t * p, size_t n_bytes) {
     return true;
 }
 
-// Gauss-Jordan with partial pivoting, in place: two thirds of the work of one that carries the identity along, which
-// counts when a file holds hundreds of heads.
-bool invert(std::vector<double> & a, size_t n) {
-    std::vector<size_t> swapped(n);
-    for (size_t k = 0; k < n; k++) {
-        size_t pivot = k;
-        for (size_t r = k + 1; r < n; r++) {
-            if (std::fabs(a[r * n + k]) > std::fabs(a[pivot * n + k])) {
-                pivot = r;
-            }
-        }
-        swapped[k] = pivot;
-        const double p = a[pivot * n + k];
-        if (!(std::fabs(p) > 0.0)) {
-            return false;
-        }
-        if (pivot != k) {
-            std::swap_ranges(a.begin() + (ptrdiff_t) (pivot * n), a.begin() + (ptrdiff_t) (pivot * n + n),
-                             a.begin() + (ptrdiff_t) (k * n));
-        }
-        double * row_k = &a[k * n];
-        row_k[k] = 1.0;
-        for (size_t j = 0; j < n; j++) {
-            row_k[j] /= p;
-        }
-        for (size_t r = 0; r < n; r++) {
-            double     * row_r = &a[r * n];
-            const double f     = row_r[k];
-            if (r == k || f == 0.0) {
-                continue;
-            }
-            row_r[k] = 0.0;
-            for (size_t j = 0; j < n; j++) {
-                row_r[j] -= f * row_k[j];
-            }
+// dst -= f[0] * rows[0] + f[1] * rows[1] + ..., of `len` elements each; four rows to one pass over dst.
+void subtract_rows(double * dst, const double * f, const double * rows, size_t ld, size_t n_rows, size_t len) {
+    size_t i = 0;
+    for (; i + 4 <= n_rows; i += 4) {
+        const double * a = rows + i * ld, * b = a + ld, * c = b + ld, * d = c + ld;
+        const double fa = f[i], fb = f[i + 1], fc = f[i + 2], fd = f[i + 3];
+        for (size_t j = 0; j < len; j++) {
+            dst[j] -= (fa * a[j] + fb * b[j]) + (fc * c[j] + fd * d[j]);
         }
     }
-    for (size_t k = n; k-- > 0;) { // rows swapped on the way in are columns swapped on the way out
-        if (swapped[k] != k) {
-            for (size_t r = 0; r < n; r++) {
-                std::swap(a[r * n + k], a[r * n + swapped[k]]);
+    for (; i < n_rows; i++) {
+        for (size_t j = 0; j < len; j++) {
+            dst[j] -= f[i] * rows[i * ld + j];
+        }
+    }
+}
+
+// inv = a^-1; a is overwritten. LU with partial pivoting, by panels of 8 columns, which together with subtract_rows() saves most of
+// the memory traffic: a file may hold hundreds of heads, and a user waits for their inverses.
+bool invert(std::vector<double> & a, std::vector<double> & inv, size_t n) {
+    constexpr size_t PANEL = 8;
+    std::vector<size_t> row(n); // row i of P a is row row[i] of a
+    for (size_t i = 0; i < n; i++) {
+        row[i] = i;
+    }
+    for (size_t k0 = 0; k0 < n; k0 += PANEL) {
+        const size_t k1 = std::min(k0 + PANEL, n);
+        for (size_t k = k0; k < k1; k++) {
+            size_t pivot = k;
+            for (size_t r = k + 1; r < n; r++) {
+                if (std::fabs(a[r * n + k]) > std::fabs(a[pivot * n + k])) {
+                    pivot = r;
+                }
             }
+            if (!(std::fabs(a[pivot * n + k]) > 0.0)) {
+                return false;
+            }
+            if (pivot != k) {
+                std::swap_ranges(&a[pivot * n], &a[pivot * n] + n, &a[k * n]);
+                std::swap(row[pivot], row[k]);
+            }
+            for (size_t r = k + 1; r < n; r++) {
+                const double f = a[r * n + k] /= a[k * n + k];
+                for (size_t j = k + 1; j < k1; j++) {
+                    a[r * n + j] -= f * a[k * n + j];
+                }
+            }
+        }
+        for (size_t r = k0 + 1; k1 < n && r < n; r++) {
+            subtract_rows(&a[r * n + k1], &a[r * n + k0], &a[k0 * n + k1], n, std::min(r, k1) - k0, n - k1);
+        }
+    }
+
+    std::vector<double> x(n * n, 0.0); // L^-1, then U^-1 L^-1
+    for (size_t i = 0; i < n; i++) {
+        for (size_t j = 0; j < i; j += 4) {
+            const size_t end = std::min(j + 4, i); // L^-1 is lower triangular
+            subtract_rows(&x[i * n], &a[i * n + j], &x[j * n], n, end - j, end);
+        }
+        x[i * n + i] = 1.0;
+    }
+    for (size_t i = n; i-- > 0;) {
+        if (i + 1 < n) {
+            subtract_rows(&x[i * n], &a[i * n + i + 1], &x[(i + 1) * n], n, n - i - 1, n);
+        }
+        for (size_t j = 0; j < n; j++) {
+            x[i * n + j] /= a[i * n + i];
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        for (size_t j = 0; j < n; j++) {
+            inv[i * n + row[j]] = x[i * n + j];
         }
     }
     return true;
@@ -333,7 +386,7 @@ bool pq_codebook_build(const pq_blob & blob, uint8_t * dst, std::string & error)
                     blob.payload.size(), parts.total() * (size_t) blob.n_head_kv);
     }
 
-    std::vector<double> T(n * n), inv;
+    std::vector<double> T(n * n), lu, inv(n * n);
     for (int32_t h = 0; h < blob.n_head_kv; h++) {
         const uint8_t * src  = blob.payload.data() + (size_t) h * parts.total();
         uint8_t       * head = dst + (size_t) h * layout.head_bytes;
@@ -347,14 +400,14 @@ bool pq_codebook_build(const pq_blob & blob, uint8_t * dst, std::string & error)
 
         if (blob.has_transform) {
             for (size_t i = 0; i < n * n; i++) {
-                T[i] = f16_to_f64(read_u16(src + 2 * i));
-                const float value = (float) T[i];
-                memcpy(head + layout.T + 4 * i, &value, sizeof(value));
+                const uint16_t value = (uint16_t) read_u16(src + 2 * i);
+                T[i] = f16_to_f64(value);
+                memcpy(head + layout.T + 2 * i, &value, sizeof(value));
             }
             src += parts.T;
 
-            inv = T;
-            if (!invert(inv, n)) {
+            lu = T;
+            if (!invert(lu, inv, n)) {
                 return fail(error, "codebook head %d: found a singular transform, needs an invertible one", h);
             }
             // A pivot is hardly ever exactly zero: what tells a singular T is that its inverse does not invert it.
@@ -364,12 +417,12 @@ bool pq_codebook_build(const pq_blob & blob, uint8_t * dst, std::string & error)
                                    "(it is singular)", h, residual);
             }
             for (size_t i = 0; i < n * n; i++) {
-                const float value = (float) inv[i];
-                if (!std::isfinite(value)) {
-                    return fail(error, "codebook head %d: found %g in the inverse of its transform, needs a finite float",
-                                h, inv[i]);
+                uint16_t value;
+                if (!f64_to_f16(inv[i], value)) {
+                    return fail(error, "codebook head %d: found %g in the inverse of its transform, needs 65504 or less, "
+                                       "which an f16 holds: scale the transform up", h, inv[i]);
                 }
-                memcpy(head + layout.T_inv + 4 * i, &value, sizeof(value));
+                memcpy(head + layout.T_inv + 2 * i, &value, sizeof(value));
             }
         }
 

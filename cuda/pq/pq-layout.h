@@ -86,8 +86,8 @@ static inline uint32_t pq_code_get(enum pq_type type, const uint8_t * codes, int
 // memory of the device that holds the layer's cache. A head block is
 //
 //     mu:        f32 [D]
-//     T:         f32 [D][D]    row i: what element i of (x - mu) adds to y     } absent when the transform
-//     T_inv:     f32 [D][D]    row j: what element j of y adds to (x - mu)     } is the identity
+//     T:         f16 [D][D]    row i: what element i of (x - mu) adds to y     } absent when the transform
+//     T_inv:     f16 [D][D]    row j: what element j of y adds to (x - mu)     } is the identity
 //     centroids: f16 [M][ksub][dsub]
 //
 // with every part at a multiple of 64 bytes. Whether the maps are there follows from the block's size alone.
@@ -110,8 +110,8 @@ static inline struct pq_codebook_layout pq_get_codebook_layout(enum pq_type type
     struct pq_codebook_layout l = { 0, 0, 0, 0, 0 };
     size_t off = pq_align64((size_t) D * sizeof(float));
     if (has_transform) {
-        l.T     = off; off += pq_align64((size_t) D * (size_t) D * sizeof(float));
-        l.T_inv = off; off += pq_align64((size_t) D * (size_t) D * sizeof(float));
+        l.T     = off; off += pq_align64((size_t) D * (size_t) D * sizeof(uint16_t));
+        l.T_inv = off; off += pq_align64((size_t) D * (size_t) D * sizeof(uint16_t));
     }
     l.centroids  = off; off += pq_align64((size_t) D * (size_t) s.ksub * sizeof(uint16_t)); // M*dsub == D
     l.head_bytes = off;

@@ -1,8 +1,9 @@
 // Tests and times the CPU kernels.
 //
 //   pq-cpu-test          every kernel on every instruction set of this processor, against plain loops in double precision
-//   pq-cpu-test bench [encode|decode|prefill|kmeans]
+//   pq-cpu-test bench [codebook|encode|decode|prefill|kmeans]
 //                        single-thread times: median and spread, and the ratio to a plain f16 loop
+//   pq-cpu-test all      both, the times only when every check held
 #include "../cpu/pq-c.h"
 #include "../pq/pq-codebook.h"
 
@@ -69,10 +70,13 @@ static double f16_value(uint16_t h) {
     return h & 0x8000 ? -v : v;
 }
 
-static uint16_t to_f16(float f) { // to nearest even; no overflow in these tests
+static uint16_t to_f16(double f) { // to nearest even
     const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
-    const double   a    = std::fabs((double) f);
-    if (std::isinf(f)) {
+    const double   a    = std::fabs(f);
+    if (std::isnan(f)) {
+        return sign | 0x7e00;
+    }
+    if (a >= 65520.0) {
         return sign | 0x7c00;
     }
     int e = 0;
@@ -92,12 +96,13 @@ struct codebook {
     int     D, H;
     bool    transform;
     std::vector<uint8_t> blob, blocks;
+    std::vector<double>  T, T_inv; // [H][D][D]
 
     pq_codebook_layout layout() const { return pq_get_codebook_layout(type, D, transform); }
     const uint8_t  * block(int h)     const { return blocks.data() + (size_t) h * layout().head_bytes; }
     const float    * mu(int h)        const { return (const float *) (block(h) + layout().mu); }
-    const float    * T(int h)         const { return (const float *) (block(h) + layout().T); }
-    const float    * T_inv(int h)     const { return (const float *) (block(h) + layout().T_inv); }
+    const uint16_t * T_bits(int h)     const { return (const uint16_t *) (block(h) + layout().T); }
+    const uint16_t * T_inv_bits(int h) const { return (const uint16_t *) (block(h) + layout().T_inv); }
     const uint16_t * centroids(int h) const { return (const uint16_t *) (block(h) + layout().centroids); }
 
     // y^ of a code string, in double
@@ -119,7 +124,7 @@ struct codebook {
                 continue;
             }
             for (int j = 0; j < D; j++) {
-                x[i] += y[j] * T_inv(h)[j * D + i];
+                x[i] += y[j] * T_inv[((size_t) h * D + j) * D + i];
             }
         }
     }
@@ -203,7 +208,44 @@ static codebook make_codebook(pq_type type, int D, int H, bool transform, uint64
     char err[256] = "";
     const int rc = million_pq_codebook_build(type, cb.blob.data(), cb.blob.size(), D, H, cb.blocks.data(), cb.blocks.size(), err, sizeof(err));
     check(rc == 0, "codebook %s D %d: %s", type_names[type], D, err);
+    for (int h = 0; transform && h < H; h++) {
+        for (int i = 0; i < D * D; i++) {
+            cb.T.push_back(f16_value(cb.T_bits(h)[i]));
+            cb.T_inv.push_back(f16_value(cb.T_inv_bits(h)[i]));
+        }
+    }
     return cb;
+}
+
+// Gauss-Jordan with the identity beside it: not the method of the code under test
+static std::vector<double> inverse(const double * T, int n) {
+    std::vector<double> a((size_t) n * 2 * n, 0.0), inv((size_t) n * n);
+    for (int i = 0; i < n; i++) {
+        std::copy(T + (size_t) i * n, T + (size_t) (i + 1) * n, &a[(size_t) i * 2 * n]);
+        a[(size_t) i * 2 * n + n + i] = 1.0;
+    }
+    for (int k = 0; k < n; k++) {
+        int pivot = k;
+        for (int r = k; r < n; r++) {
+            pivot = std::fabs(a[(size_t) r * 2 * n + k]) > std::fabs(a[(size_t) pivot * 2 * n + k]) ? r : pivot;
+        }
+        for (int j = 0; j < 2 * n; j++) {
+            std::swap(a[(size_t) k * 2 * n + j], a[(size_t) pivot * 2 * n + j]);
+        }
+        for (int j = 2 * n - 1; j >= k; j--) {
+            a[(size_t) k * 2 * n + j] /= a[(size_t) k * 2 * n + k];
+        }
+        for (int r = 0; r < n; r++) {
+            const double f = r == k ? 0.0 : a[(size_t) r * 2 * n + k];
+            for (int j = k; j < 2 * n; j++) {
+                a[(size_t) r * 2 * n + j] -= f * a[(size_t) k * 2 * n + j];
+            }
+        }
+    }
+    for (int i = 0; i < n * n; i++) {
+        inv[i] = a[(size_t) (i / n) * 2 * n + n + i % n];
+    }
+    return inv;
 }
 
 static std::vector<std::string> simd_names() {
@@ -233,19 +275,19 @@ static void test_codebook() {
         for (int D : { 8, 24, 64, 128, 256 }) {
             for (bool transform : { false, true }) {
                 const codebook cb = make_codebook((pq_type) type, D, 2, transform, 7 + D);
-                double worst = 0.0;
                 for (int h = 0; transform && h < 2; h++) {
-                    for (int i = 0; i < D; i++) {
-                        for (int j = 0; j < D; j++) {
-                            double s = i == j ? -1.0 : 0.0;
-                            for (int k = 0; k < D; k++) {
-                                s += (double) cb.T(h)[i * D + k] * cb.T_inv(h)[k * D + j];
-                            }
-                            worst = std::max(worst, std::fabs(s));
-                        }
+                    const uint8_t * T_file = cb.blob.data() + 32 + cb.blob.size() / 2 * h - 16 * h + D * 4;
+                    check(memcmp(cb.T_bits(h), T_file, (size_t) D * D * 2) == 0, "T is not the file's, D %d", D);
+                    const std::vector<double> exact = inverse(&cb.T[(size_t) h * D * D], D);
+                    int n_off = 0, n_far = 0;
+                    for (int i = 0; i < D * D; i++) {
+                        const int ulps = std::abs((int) to_f16(exact[i]) - (int) cb.T_inv_bits(h)[i]);
+                        n_off += ulps != 0;
+                        n_far += ulps > 1;
                     }
+                    // a value within 1e-13 of the middle of two halves may go either way
+                    check(n_off <= 1 && n_far == 0, "%d elements of T^-1 are not the nearest halves, D %d", n_off, D);
                 }
-                check(worst < 1e-5, "T T^-1 is off by %g at D %d", worst, D);
             }
         }
     }
@@ -293,6 +335,12 @@ static void test_codebook() {
         refused(with(T + 128, { row0, row0 + 128 }), true, "singular"); // two equal rows of T
         refused(with(T, std::vector<uint8_t>(128, 0)), true, "singular");
     }
+    std::vector<uint8_t> diagonal((size_t) 64 * 64 * 2, 0); // of 1e-5, whose inverse is beyond the largest half
+    for (size_t i = 0; i < 64; i++) {
+        const uint16_t h = to_f16(1e-5);
+        memcpy(&diagonal[(i * 64 + i) * 2], &h, 2);
+    }
+    refused(with(T, diagonal), true, "65504");
 }
 
 // ---- encode and decode ----
@@ -311,16 +359,21 @@ static void test_encode_decode() {
 
                 std::vector<float>    x((size_t) n_rows * H * D);
                 std::vector<uint16_t> x16(x.size());
-                for (size_t i = 0; i < x.size(); i++) {
-                    x16[i] = to_f16(r.normal() * 1.5f);
-                    x[i]   = x_f16 ? (float) f16_value(x16[i]) : r.normal() * 1.5f;
+                for (float & f : x) {
+                    f = r.normal() * 1.5f;
                 }
                 for (int d = 0; d < D; d++) { // row 0 stands on centroids when there is no transform
                     const int m = d / spec.dsub;
                     x[d] = cb.mu(0)[d] + (float) f16_value(cb.centroids(0)[((size_t) m * spec.ksub + m % spec.ksub) * spec.dsub + d % spec.dsub]);
-                    if (x_f16) {
-                        x[d] = (float) f16_value(x16[d] = to_f16(x[d]));
-                    }
+                }
+                // the last row: at and around the ends of f16, and halfway between halves
+                const float hard[] = { 65504.0f, 65519.99f, 65520.0f, -65520.0f, 1e9f, -INFINITY, NAN, 0.0f, -0.0f, 1e-45f, 0x1p-25f,
+                                       0x1.000002p-25f, -0x1.8p-24f, 0x1.ffcp-15f, 0x1.ffep-15f, 0x1.002p0f, 0x1.006p0f, 2049.0f, 2051.0f };
+                for (int i = 0; i < H * D; i++) {
+                    x[(size_t) (n_rows - 1) * H * D + i] = hard[i % (sizeof(hard) / sizeof(hard[0]))];
+                }
+                for (size_t i = 0; i < x.size(); i++) {
+                    x16[i] = to_f16(x[i]);
                 }
                 std::vector<int64_t> cells(n_cells);
                 for (int i = 0; i < n_cells; i++) {
@@ -331,6 +384,18 @@ static void test_encode_decode() {
                 }
 
                 const size_t head_bytes = pq_head_bytes((pq_type) type, D), row_bytes = head_bytes * H + 5;
+                const size_t slot_bytes = (size_t) H * D * 2 + 6;
+                std::vector<int64_t> slots(n_rows); // every third row is not kept, the others fill slots from behind
+                int n_slots = 1;
+                for (int i = n_rows - 1; i >= 0; i--) {
+                    slots[i] = i % 3 == 1 ? -1 - i : n_slots++;
+                }
+                std::vector<uint8_t> want_tail(slot_bytes * (n_slots + 1), 0xdd);
+                for (int i = 0; i < n_rows; i++) {
+                    if (slots[i] >= 0) {
+                        memcpy(&want_tail[slot_bytes * slots[i]], &x16[(size_t) i * H * D], (size_t) H * D * 2);
+                    }
+                }
                 std::vector<uint8_t> first;
                 for (const std::string & name : simd) {
                     pq_cpu_simd_set(name.c_str());
@@ -350,7 +415,15 @@ static void test_encode_decode() {
                         p.codes            = codes.data();
                         p.codes_row_stride = row_bytes;
                         p.row_idx          = cells.data();
+                        std::vector<uint8_t> tail(want_tail.size(), 0xdd);
+                        if (n_threads == 3) {
+                            p.tail            = tail.data();
+                            p.tail_row_stride = slot_bytes;
+                            p.tail_idx        = slots.data();
+                        }
                         million_pq_encode(&p, n_threads);
+                        check(n_threads == 1 || tail == want_tail, "%s tail of %s D %d does not hold the rows in f16", name.c_str(),
+                              type_names[type], D);
                         if (first.empty()) {
                             first = codes;
                         }
@@ -364,14 +437,14 @@ static void test_encode_decode() {
 
                 // the nearest centroid, and the lowest of equals
                 int n_far = 0, n_tie = 0;
-                for (int i = 0; i < n_rows; i++) {
+                for (int i = 0; i < n_rows - 1; i++) {
                     for (int h = 0; h < H; h++) {
-                        const float * xr = &x[((size_t) i * H + h) * D];
+                        const uint16_t * xr = &x16[((size_t) i * H + h) * D];
                         std::vector<double> y(D, 0.0);
                         for (int a = 0; a < D; a++) {
-                            const double c = (double) xr[a] - cb.mu(h)[a];
+                            const double c = f16_value(xr[a]) - cb.mu(h)[a];
                             for (int b = 0; transform && b < D; b++) {
-                                y[b] += c * cb.T(h)[a * D + b];
+                                y[b] += c * cb.T[((size_t) h * D + a) * D + b];
                             }
                             y[a] = transform ? y[a] : c;
                         }
@@ -443,12 +516,16 @@ struct attn_case {
     int  mask; // 0 none, 1 causal with zeros, 2 random -inf, 3 random values, 4 per head and stream, 5 two windows, 6 all masked
     float max_bias, softcap;
     uint64_t seed;
+    int  n_tail;
+    int  tail_mask; // 0 random -inf, 1 nothing visible, 2 everything visible
+    bool nans;      // what no query sees holds NaN, where it can: in the tail, and in plain rows
 
     std::string name() const {
-        char t[256];
-        snprintf(t, sizeof(t), "k %s v %s D %d/%d heads %dx%d streams %d n_q %d n_kv %d transform %d sinks %d mask %d alibi %g softcap %g",
+        char t[320];
+        snprintf(t, sizeof(t), "k %s v %s D %d/%d heads %dx%d streams %d n_q %d n_kv %d transform %d sinks %d mask %d alibi %g softcap %g "
+                 "tail %d mask %d nans %d",
                  type_names[type_k], type_names[type_v], D_k, D_v, n_head_kv, n_group, n_stream, n_q, n_kv, transform, sinks, mask,
-                 max_bias, softcap);
+                 max_bias, softcap, n_tail, tail_mask, nans);
         return t;
     }
 };
@@ -459,6 +536,7 @@ struct attn_side {
     codebook cb;
     std::vector<uint8_t> data;
     size_t head_stride, row_stride, stream_stride;
+    bool   native_f16 = false; // read by the kernels themselves, and not through to_float
 
     attn_side(int type, int D, int H, int n_kv, int n_stream, bool transform, uint64_t seed)
         : type(type), D(D), H(H), n_kv(n_kv), n_stream(n_stream) {
@@ -483,6 +561,12 @@ struct attn_side {
             }
         }
     }
+    void set_nan(int stream, int cell) {
+        for (size_t i = 0; i < row_stride; i += 2) {
+            const uint16_t nan = i % 4 == 0 ? 0x7e00 : 0xfc00;
+            memcpy(&data[stream * stream_stride + cell * row_stride + i], &nan, 2);
+        }
+    }
     pq_attn_side params() const {
         pq_attn_side s = {};
         s.type          = (pq_type) type;
@@ -493,7 +577,7 @@ struct attn_side {
         s.row_stride    = row_stride;
         s.head_stride   = head_stride;
         s.stream_stride = stream_stride;
-        s.to_float      = type < PQ_TYPE_COUNT ? nullptr : million_pq_f16_to_float;
+        s.to_float      = type < PQ_TYPE_COUNT || native_f16 ? nullptr : million_pq_f16_to_float;
         return s;
     }
     void row(int stream, int cell, int h, double * x) const {
@@ -512,15 +596,17 @@ struct attn_side {
 
 struct attn_data {
     attn_case c;
-    attn_side k, v;
+    attn_side k, v, tail_k, tail_v;
     int n_head;
     std::vector<float>    q, sinks;
-    std::vector<uint16_t> mask;
+    std::vector<uint16_t> mask, tail_mask;
     int n_head_mask, n_stream_mask;
 
     explicit attn_data(const attn_case & c)
         : c(c), k(c.type_k, c.D_k, c.n_head_kv, c.n_kv, c.n_stream, c.transform, c.seed),
-          v(c.type_v, c.D_v, c.n_head_kv, c.n_kv, c.n_stream, c.transform, c.seed + 1), n_head(c.n_head_kv * c.n_group) {
+          v(c.type_v, c.D_v, c.n_head_kv, c.n_kv, c.n_stream, c.transform, c.seed + 1),
+          tail_k(PQ_TYPE_COUNT, c.D_k, c.n_head_kv, c.n_tail, c.n_stream, false, c.seed + 3),
+          tail_v(PQ_TYPE_COUNT, c.D_v, c.n_head_kv, c.n_tail, c.n_stream, false, c.seed + 4), n_head(c.n_head_kv * c.n_group) {
         rng r(c.seed + 2);
         q.resize((size_t) c.n_stream * n_head * c.n_q * c.D_k);
         for (float & f : q) {
@@ -531,6 +617,53 @@ struct attn_data {
         }
         n_head_mask   = c.mask == 4 ? n_head : 1;
         n_stream_mask = c.mask == 4 ? c.n_stream : 1;
+        k.native_f16 = v.native_f16 = c.seed % 2 == 0;
+        make_mask(r);
+        make_tail_mask(r);
+        if (!c.nans) {
+            return;
+        }
+        for (int s = 0; s < c.n_stream; s++) {
+            for (int cell = 0; cell < c.n_kv && !mask.empty(); cell++) {
+                if (is_seen(mask, s % n_stream_mask, n_head_mask, c.n_kv, cell)) {
+                    continue;
+                }
+                for (attn_side * side : { &k, &v }) {
+                    if (side->type == PQ_TYPE_COUNT) {
+                        side->set_nan(s, cell);
+                    }
+                }
+            }
+            for (int slot = 0; slot < c.n_tail; slot++) {
+                if (!is_seen(tail_mask, s, 1, c.n_tail, slot)) {
+                    tail_k.set_nan(s, slot);
+                    tail_v.set_nan(s, slot);
+                }
+            }
+        }
+    }
+
+    bool is_seen(const std::vector<uint16_t> & mask, int stream, int n_head_mask, int n, int cell) const {
+        for (int ht = 0; ht < n_head_mask * c.n_q; ht++) {
+            if (mask[((size_t) stream * n_head_mask * c.n_q + ht) * n + cell] != 0xfc00) {
+                return true;
+            }
+        }
+        return false;
+    }
+
+    void make_tail_mask(rng & r) {
+        for (int st = 0; st < c.n_stream * c.n_q; st++) {
+            // a query that sees no cell of the cache sees none of the tail either
+            const bool dead_row = c.mask == 2 && c.n_q > 1 && st % c.n_q == c.n_q / 2;
+            for (int slot = 0; slot < c.n_tail; slot++) {
+                const bool unused = c.tail_mask == 1 || (c.tail_mask == 0 && (slot % 5 == 2 || r.below(3) == 0));
+                tail_mask.push_back(dead_row || unused ? 0xfc00 : to_f16(c.mask == 3 ? -(float) r.below(4) : 0.0f));
+            }
+        }
+    }
+
+    void make_mask(rng & r) {
         if (!c.mask) {
             return;
         }
@@ -575,6 +708,21 @@ struct attn_data {
         p.mask_stream_stride = p.mask_head_stride * n_head_mask;
         p.n_head_mask        = n_head_mask;
         p.n_stream_mask      = n_stream_mask;
+        if (c.n_tail > 0) {
+            const pq_attn_side tk = tail_k.params(), tv = tail_v.params();
+            p.tail.n                  = c.n_tail;
+            p.tail.k                  = tk.data;
+            p.tail.k_row_stride       = tk.row_stride;
+            p.tail.k_head_stride      = tk.head_stride;
+            p.tail.k_stream_stride    = tk.stream_stride;
+            p.tail.v                  = tv.data;
+            p.tail.v_row_stride       = tv.row_stride;
+            p.tail.v_head_stride      = tv.head_stride;
+            p.tail.v_stream_stride    = tv.stream_stride;
+            p.tail.mask               = (const uint8_t *) tail_mask.data();
+            p.tail.mask_token_stride  = (size_t) c.n_tail * 2;
+            p.tail.mask_stream_stride = p.tail.mask_token_stride * c.n_q;
+        }
         p.sinks              = sinks.empty() ? nullptr : sinks.data();
         p.scale              = 1.0f / sqrtf((float) c.D_k);
         p.max_bias           = c.max_bias;
@@ -590,12 +738,14 @@ struct attn_data {
         std::vector<double> out((size_t) c.n_stream * c.n_q * n_head * c.D_v);
         const int    log2_heads = 1 << (int) floor(log2(n_head));
         const double m0 = pow(2.0, -c.max_bias / log2_heads), m1 = pow(2.0, -c.max_bias / 2 / log2_heads);
-        std::vector<double> kx((size_t) c.n_kv * c.D_k), vx((size_t) c.n_kv * c.D_v), score(c.n_kv);
+        const int n_all = c.n_kv + c.n_tail; // the tail is more cells
+        std::vector<double> kx((size_t) n_all * c.D_k), vx((size_t) n_all * c.D_v), score(n_all);
         for (int s = 0; s < c.n_stream; s++) {
             for (int g = 0; g < c.n_head_kv; g++) {
-                for (int cell = 0; cell < c.n_kv; cell++) {
-                    k.row(s, cell, g, &kx[(size_t) cell * c.D_k]);
-                    v.row(s, cell, g, &vx[(size_t) cell * c.D_v]);
+                for (int cell = 0; cell < n_all; cell++) {
+                    const int slot = cell - c.n_kv;
+                    slot < 0 ? k.row(s, cell, g, &kx[(size_t) cell * c.D_k]) : tail_k.row(s, slot, g, &kx[(size_t) cell * c.D_k]);
+                    slot < 0 ? v.row(s, cell, g, &vx[(size_t) cell * c.D_v]) : tail_v.row(s, slot, g, &vx[(size_t) cell * c.D_v]);
                 }
                 for (int h = g * c.n_group; h < (g + 1) * c.n_group; h++) {
                     const double slope = c.max_bias > 0 ? h < log2_heads ? pow(m0, h + 1) : pow(m1, 2 * (h - log2_heads) + 1) : 1.0;
@@ -604,19 +754,27 @@ struct attn_data {
                         const uint16_t * mr = mask.empty() ? nullptr
                             : &mask[(((size_t) (s % n_stream_mask) * n_head_mask + h % n_head_mask) * c.n_q + t) * c.n_kv];
                         double top = sinks.empty() ? -INFINITY : sinks[h];
-                        for (int cell = 0; cell < c.n_kv; cell++) {
+                        for (int cell = 0; cell < n_all; cell++) {
+                            const uint16_t bias = cell >= c.n_kv ? tail_mask[((size_t) s * c.n_q + t) * c.n_tail + cell - c.n_kv] : mr ? mr[cell] : 0;
+                            score[cell] = -INFINITY;
+                            if (bias == 0xfc00) {
+                                continue;
+                            }
                             double x = 0.0;
                             for (int i = 0; i < c.D_k; i++) {
                                 x += qr[i] * kx[(size_t) cell * c.D_k + i];
                             }
                             x /= sqrt((double) c.D_k);
                             x = c.softcap != 0.0f ? c.softcap * tanh(x / c.softcap) : x;
-                            score[cell] = mr ? x + slope * f16_value(mr[cell]) : x;
+                            score[cell] = x + slope * f16_value(bias);
                             top = std::max(top, score[cell]);
                         }
                         double sum = sinks.empty() || top == -INFINITY ? 0.0 : exp(sinks[h] - top);
                         double * o = &out[(((size_t) s * c.n_q + t) * n_head + h) * c.D_v];
-                        for (int cell = 0; cell < c.n_kv && top != -INFINITY; cell++) {
+                        for (int cell = 0; cell < n_all; cell++) {
+                            if (score[cell] == -INFINITY) {
+                                continue;
+                            }
                             const double w = exp(score[cell] - top);
                             sum += w;
                             for (int i = 0; i < c.D_v; i++) {
@@ -699,38 +857,64 @@ static void test_attn() {
                     c.n_stream  = n_q < 65 ? 1 + r.below(2) : 1;
                     c.max_bias  = c.mask == 3 || c.mask == 4 ? 8.0f : 0.0f;
                     c.softcap   = r.below(4) == 0 ? 5.0f : 0.0f;
+                    const int tails[] = { 0, 1, 7, 128, 129 };
+                    c.n_tail    = tails[r.below(5)];
+                    c.tail_mask = r.below(3);
+                    c.nans      = r.below(2);
                     test_attn_case(c, simd);
                 }
             }
         }
     }
-    // each feature alone, with few and with many rows
-    for (int n_q : { 1, 4, 20 }) {
-        for (int f = 0; f < 24; f++) {
-            attn_case c = base(i++);
-            c.n_q  = n_q;
-            c.n_kv = 700;
-            switch (f) {
-                case 0:  break;
-                case 1:  c.transform = false; break;
-                case 2:  c.sinks = true; break;
-                case 3:  c.softcap = 2.0f; break;
-                case 4:  c.mask = 3; c.max_bias = 8.0f; c.n_group = 3; break; // 6 heads: both slope formulas
-                case 5:  case 6: case 7: case 8: case 9: case 10: c.mask = f - 4; break;
-                case 11: c.mask = 6; c.sinks = true; break;
-                case 12: c.n_stream = 3; c.mask = 4; break;
-                case 13: c.type_k = PQ_TYPE_COUNT; break;
-                case 14: c.type_v = PQ_TYPE_COUNT; break;
-                case 15: c.type_k = PQ_TYPE_COUNT; c.type_v = PQ_TYPE_COUNT; c.mask = 2; break;
-                case 16: c.type_k = PQ_TYPE_COUNT; c.D_k = 72; c.n_group = 5; c.mask = 5; break;
-                case 17: c.D_k = 192; c.D_v = 128; break;
-                case 18: c.D_k = 8; c.D_v = 24; break;
-                case 19: c.D_k = 24; c.D_v = 8; c.type_k = PQ_TYPE_PQ2; c.type_v = PQ_TYPE_PQ2; break;
-                case 20: c.D_k = 40; c.D_v = 56; c.type_k = PQ_TYPE_PQ3; c.type_v = PQ_TYPE_PQ3; break;
-                case 21: c.n_kv = 4097; c.mask = 5; break;
-                case 22: c.n_head_kv = 1; c.n_group = 16; c.n_kv = 2300; c.mask = 1; break;
-                case 23: c.n_kv = 3000; c.sinks = true; c.n_group = 7; break;
+    // each feature alone, with few and with many rows, without and with a tail
+    for (int f = 0; f < 28; f++) {
+        for (int n_q : { 1, 4, 20 }) {
+            for (int n_tail : { 0, 129 }) {
+                attn_case c = base(i++);
+                c.n_q    = n_q;
+                c.n_kv   = 700;
+                c.n_tail = n_tail;
+                c.nans   = true;
+                switch (f) {
+                    case 0:  break;
+                    case 1:  c.transform = false; break;
+                    case 2:  c.sinks = true; break;
+                    case 3:  c.softcap = 2.0f; break;
+                    case 4:  c.mask = 3; c.max_bias = 8.0f; c.n_group = 3; break; // 6 heads: both slope formulas
+                    case 5:  case 6: case 7: case 8: case 9: case 10: c.mask = f - 4; break;
+                    case 11: c.mask = 6; c.sinks = true; break;
+                    case 12: c.n_stream = 3; c.mask = 4; break;
+                    case 13: c.type_k = PQ_TYPE_COUNT; break;
+                    case 14: c.type_v = PQ_TYPE_COUNT; break;
+                    case 15: c.type_k = PQ_TYPE_COUNT; c.type_v = PQ_TYPE_COUNT; c.mask = 2; break;
+                    case 16: c.type_k = PQ_TYPE_COUNT; c.D_k = 72; c.n_group = 5; c.mask = 5; break;
+                    case 17: c.D_k = 192; c.D_v = 128; break;
+                    case 18: c.D_k = 8; c.D_v = 24; break;
+                    case 19: c.D_k = 24; c.D_v = 8; c.type_k = PQ_TYPE_PQ2; c.type_v = PQ_TYPE_PQ2; break;
+                    case 20: c.D_k = 40; c.D_v = 56; c.type_k = PQ_TYPE_PQ3; c.type_v = PQ_TYPE_PQ3; break;
+                    case 21: c.n_kv = 4097; c.mask = 5; break;
+                    case 22: c.n_head_kv = 1; c.n_group = 16; c.n_kv = 2300; c.mask = 1; break;
+                    case 23: c.n_kv = 3000; c.sinks = true; c.n_group = 7; break;
+                    case 24: c.type_v = PQ_TYPE_COUNT; c.D_v = 20; c.mask = 5; break; // rows that are no multiple of a vector
+                    case 25: c.type_k = PQ_TYPE_COUNT; c.mask = 5; c.n_group = 4; break;
+                    case 26: c.tail_mask = 1; c.mask = 6; break;
+                    case 27: c.tail_mask = 1; c.n_stream = 2; break;
+                }
+                test_attn_case(c, simd);
+                if (n_tail > 0 && c.n_kv == 700) { // a cache of one part, to which the tail is joined without partial results
+                    c.n_kv = 300;
+                    test_attn_case(c, simd);
+                }
             }
+        }
+    }
+    // a long tail, and one much longer than the cache
+    for (int n_q : { 1, 40 }) {
+        for (int n_kv : { 1, 2000 }) {
+            attn_case c = base(i++);
+            c.n_q    = n_q;
+            c.n_kv   = n_kv;
+            c.n_tail = 1500;
             test_attn_case(c, simd);
         }
     }
@@ -914,6 +1098,44 @@ static timing time_attn(const attn_data & d) {
     });
 }
 
+// Moves the last n_exact tokens of the context into the tail, as the cache does; query t is the token n_q - 1 - t before the end.
+static void use_tail(attn_data & d, int n_exact) {
+    const int n_kv = d.c.n_kv, n_q = d.c.n_q, first = n_kv - n_exact;
+    for (int t = 0; t < n_q; t++) {
+        for (int cell = first; cell < n_kv; cell++) {
+            d.mask[(size_t) t * n_kv + cell]                  = 0xfc00;
+            d.tail_mask[(size_t) t * n_exact + cell - first] = cell > n_kv - n_q + t ? 0xfc00 : 0;
+        }
+    }
+}
+
+// The same attention with identity maps and no tail, with maps, and with maps and the last n_exact tokens in the tail.
+static void bench_attn(const char * what, attn_case c, int n_exact, double f16_pair, double fma_ns) {
+    const double n = (double) c.n_head_kv * c.n_group * c.n_q * c.n_kv;
+    double first = 0.0;
+    c.mask = 1;
+    for (int variant = 0; variant < 3; variant++) {
+        c.transform = variant > 0;
+        c.n_tail    = variant > 1 ? n_exact : 0;
+        attn_data d(c);
+        if (c.n_tail > 0) {
+            use_tail(d, c.n_tail);
+        }
+        const timing t = time_attn(d);
+        first = variant == 0 ? t.median : first;
+        const char * names[] = { "identity", "maps", "maps, tail" };
+        printf("%s %s D %3d GQA %d queries %3d cells %d %-10s: %6.2f ns per (query, cell) [%.2f, %.2f] %+5.1f%%", what, type_names[c.type_k],
+               c.D_k, c.n_group, c.n_q, c.n_kv, names[variant], t.median / n, t.low / n, t.high / n, 100.0 * (t.median / first - 1.0));
+        if (f16_pair > 0.0) {
+            printf("  %.2fx f16", f16_pair / (t.median / n));
+        }
+        if (fma_ns > 0.0) {
+            printf("  %.0f%% of the 8-lane multiply-add peak", 100.0 * 2 * c.D_k / 8 * fma_ns / (t.median / n));
+        }
+        printf("\n");
+    }
+}
+
 static void bench(const char * filter) {
     auto wanted = [&](const char * what) { return !filter || strstr(filter, what); };
     double fma_ns = 0.0;
@@ -921,6 +1143,15 @@ static void bench(const char * filter) {
     fma_ns = peak_fma_ns();
     printf("one 8-lane fused multiply-add: %.3f ns (%.1f GFLOP/s)\n", fma_ns, 16 / fma_ns);
 #endif
+    if (wanted("codebook")) {
+        for (int D : { 64, 128, 256 }) {
+            const codebook cb = make_codebook(PQ_TYPE_PQ4, D, 1, true, 1);
+            std::vector<uint8_t> dst(cb.blocks.size());
+            char err[256];
+            const timing t = time_ns([&] { million_pq_codebook_build(PQ_TYPE_PQ4, cb.blob.data(), cb.blob.size(), D, 1, dst.data(), dst.size(), err, sizeof(err)); });
+            printf("codebook of one head, D %3d, with maps: %7.1f us [%.1f, %.1f]\n", D, t.median / 1e3, t.low / 1e3, t.high / 1e3);
+        }
+    }
     for (const std::string & name : simd_names()) {
         if (name == "scalar" && !getenv("PQ_BENCH_SCALAR")) {
             continue;
@@ -987,35 +1218,25 @@ static void bench(const char * filter) {
                     c.n_stream  = 1;
                     c.n_q       = 1;
                     c.n_kv      = n_kv;
-                    c.transform = true;
-                    c.mask      = 1;
                     c.seed      = 1;
-                    const timing t = time_attn(attn_data(c));
-                    const double n = (double) H * n_group * n_kv;
-                    printf("decode  %s D %3d GQA %d cells %d: %6.2f ns per (query head, cell) [%.2f, %.2f]  %.2fx f16\n", type_names[type], D, n_group, n_kv,
-                           t.median / n, t.low / n, t.high / n, f16_pair / (t.median / n));
+                    bench_attn("decode ", c, 128, f16_pair, 0.0);
                 }
             }
         }
 
-        for (int type = 0; type < PQ_TYPE_COUNT && wanted("prefill"); type++) {
-            attn_case c = {};
-            c.type_k = c.type_v = type;
-            c.D_k = c.D_v = 128;
-            c.n_head_kv = 2;
-            c.n_group   = 1;
-            c.n_stream  = 1;
-            c.n_q       = 512;
-            c.n_kv      = 2048;
-            c.transform = true;
-            c.seed      = 1;
-            const timing t = time_attn(attn_data(c));
-            const double n = 2.0 * 512 * 2048;
-            printf("prefill %s D 128 512 x 2048: %6.2f ns per (query head, cell) [%.2f, %.2f]", type_names[type], t.median / n, t.low / n, t.high / n);
-            if (fma_ns > 0.0) {
-                printf("  %.0f%% of the 8-lane multiply-add peak", 100.0 * 32 * fma_ns / (t.median / n));
+        for (int n_kv : { 512, 2048 }) {
+            for (int type = 0; type < PQ_TYPE_COUNT && wanted("prefill"); type++) {
+                attn_case c = {};
+                c.type_k = c.type_v = type;
+                c.D_k = c.D_v = 128;
+                c.n_head_kv = 2;
+                c.n_group   = 1;
+                c.n_stream  = 1;
+                c.n_q       = 512;
+                c.n_kv      = n_kv;
+                c.seed      = 1;
+                bench_attn("prefill", c, std::min(n_kv, 640), 0.0, fma_ns); // the tail holds the queries' own tokens too
             }
-            printf("\n");
         }
 
         for (int dsub : { 2, 4 }) {
@@ -1037,9 +1258,14 @@ static void bench(const char * filter) {
 
 int main(int argc, char ** argv) {
     setvbuf(stdout, nullptr, _IONBF, 0); // a crash should not swallow what came before
-    if (argc > 1 && strcmp(argv[1], "bench") == 0) {
+    const std::string mode = argc > 1 ? argv[1] : "test";
+    if (mode == "bench") {
         bench(argc > 2 ? argv[2] : nullptr);
         return 0;
+    }
+    if (mode != "test" && mode != "all") {
+        fprintf(stderr, "found '%s', needs test, bench or all\n", mode.c_str());
+        return 2;
     }
     const struct { const char * name; void (*run)(); } tests[] = {
         { "codebook", test_codebook }, { "encode and decode", test_encode_decode }, { "attention", test_attn }, { "k-means", test_kmeans },
@@ -1054,6 +1280,10 @@ int main(int argc, char ** argv) {
         const double t0 = now_ns();
         test.run();
         printf("%-18s %6d checks, %d failed, %.1f s\n", test.name, n_checks - checks, n_failed - before, (now_ns() - t0) / 1e9);
+    }
+    if (n_failed == 0 && mode == "all") {
+        pq_cpu_simd_set("auto");
+        bench(nullptr);
     }
     return n_failed != 0;
 }

@@ -39,6 +39,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "codebooks, else f16",
     )
     parser.add_argument(
+        "--kv-tail",
+        type=at_least(0),
+        metavar="N",
+        help="most recent tokens that a PQ cache also keeps exact (default: 128; 0: none)",
+    )
+    parser.add_argument(
         "-c", "--ctx", type=at_least(0), default=4096, metavar="N", help="context (default: 4096; 0: the model's)"
     )
     parser.add_argument(
@@ -76,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     llm = Llama(
         args.model,
         kv_cache=args.kv,
+        kv_tail=args.kv_tail,
         n_ctx=args.ctx,
         n_gpu_layers=args.n_gpu_layers,
         verbose=args.verbose,

@@ -75,8 +75,67 @@ struct ggml_tensor * ggml_pq_get_codebook(const struct ggml_tensor * t) {
     return NULL;
 }
 
-void ggml_pq_flash_attn_ext_add_codebooks(struct ggml_tensor * a) {
+struct ggml_tensor * ggml_pq_set_rows_tail(struct ggml_tensor * op, struct ggml_tensor * tail, struct ggml_tensor * idx) {
+    if (!tail) {
+        return op;
+    }
+    GGML_ASSERT(op->op == GGML_OP_SET_ROWS && ggml_is_pq(op->type) && "only a SET_ROWS into codes writes a tail");
+    GGML_ASSERT(idx);
+    op->src[GGML_PQ_SRC_SET_ROWS_TAIL]     = tail;
+    op->src[GGML_PQ_SRC_SET_ROWS_TAIL_IDX] = idx;
+    return op;
+}
+
+struct ggml_tensor * ggml_pq_set_tail(struct ggml_tensor * view, struct ggml_tensor * tail) {
+    if (!tail) {
+        return view;
+    }
+    GGML_ASSERT(view->op == GGML_OP_VIEW && "only a view of the cache carries a tail");
+    view->src[GGML_PQ_SRC_VIEW_TAIL] = tail;
+    return view;
+}
+
+struct ggml_tensor * ggml_pq_set_tail_mask(struct ggml_tensor * mask, struct ggml_tensor * tail_mask) {
+    GGML_ASSERT(mask->op == GGML_OP_NONE && "only an input carries a tail mask");
+    mask->src[GGML_PQ_SRC_MASK_TAIL_MASK] = tail_mask;
+    return mask;
+}
+
+struct ggml_tensor * ggml_pq_get_tail(const struct ggml_tensor * t) {
+    while (t) {
+        switch (t->op) {
+            case GGML_OP_VIEW:
+                if (t->src[GGML_PQ_SRC_VIEW_TAIL]) {
+                    return t->src[GGML_PQ_SRC_VIEW_TAIL];
+                }
+                break;
+            case GGML_OP_RESHAPE:
+            case GGML_OP_PERMUTE:
+            case GGML_OP_TRANSPOSE:
+                break;
+            default:
+                return NULL; // a result of its own, no longer the cache
+        }
+        t = t->src[0];
+    }
+    return NULL;
+}
+
+struct ggml_tensor * ggml_pq_get_tail_mask(const struct ggml_tensor * mask) {
+    return mask && mask->op == GGML_OP_NONE ? mask->src[GGML_PQ_SRC_MASK_TAIL_MASK] : NULL;
+}
+
+void ggml_pq_flash_attn_ext_add_extras(struct ggml_tensor * a) {
     GGML_ASSERT(a->op == GGML_OP_FLASH_ATTN_EXT);
     a->src[GGML_PQ_SRC_FLASH_ATTN_K] = ggml_pq_get_codebook(a->src[1]);
     a->src[GGML_PQ_SRC_FLASH_ATTN_V] = ggml_pq_get_codebook(a->src[2]);
+
+    struct ggml_tensor * tail_k = ggml_pq_get_tail(a->src[1]);
+    struct ggml_tensor * tail_v = ggml_pq_get_tail(a->src[2]);
+    struct ggml_tensor * mask   = ggml_pq_get_tail_mask(a->src[3]);
+    if (tail_k && tail_v && mask && ggml_pq_has_operand(a)) {
+        a->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_K]    = tail_k;
+        a->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_V]    = tail_v;
+        a->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK] = mask;
+    }
 }

@@ -1,4 +1,4 @@
-// PQ ops of the CPU backend: turns ggml tensors into the parameter structs of cpu/pq-cpu.h.
+// PQ ops of the CPU backend: turns ggml tensors into the parameter structs of pq/pq-params.h.
 #pragma once
 
 #include "ggml-cpu-impl.h"

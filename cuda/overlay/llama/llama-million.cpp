@@ -1,9 +1,11 @@
 #include "llama-million.h"
+#include "llama-million-tail.h"
 
 #include "llama-arch.h"
 #include "llama-context.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
+#include "llama-io.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
 #include "llama-memory-hybrid-iswa.h"
@@ -14,6 +16,7 @@
 #include "ggml-cpp.h"
 #include "pq-codebook.h"
 
+#include <algorithm>
 #include <cinttypes>
 #include <cstring>
 #include <map>
@@ -205,7 +208,8 @@ static std::string check_type(const llama_model & model, ggml_type type, bool is
     if (!m.error.empty()) {
         return format("cache type %s: %s: %s", name, m.error.c_str(), HINT_CALIBRATE);
     }
-    if (m.blobs[pq_type_of(type)][is_v].empty()) {
+    const auto & blobs = m.blobs[pq_type_of(type)][is_v];
+    if (std::all_of(blobs.begin(), blobs.end(), [](const std::string & blob) { return blob.empty(); })) {
         return format("cache type %s: this model has PQ codebooks, but none for %s: %s", name, name, HINT_CALIBRATE);
     }
     if (m.n_layer != hp.n_layer_all) {
@@ -230,6 +234,8 @@ static std::string check_type(const llama_model & model, ggml_type type, bool is
 }
 
 bool llama_million_check_params(const llama_model & model, llama_context_params & params) {
+    llama_million_tail_config(params.n_ubatch == 0 ? params.n_batch : std::min(params.n_batch, params.n_ubatch));
+
     for (const bool is_v : { false, true }) {
         const ggml_type type = is_v ? params.type_v : params.type_k;
         if (!ggml_is_pq(type)) {
@@ -258,11 +264,13 @@ void llama_million_check_graph(ggml_cgraph * gf) {
         if (!ggml_pq_has_operand(t)) {
             continue;
         }
-        const bool ok =
+        const bool tail_lost = t->op == GGML_OP_FLASH_ATTN_EXT &&
+            ggml_pq_get_tail_mask(t->src[3]) && !t->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK]; // its mask hides what nothing else shows
+        const bool ok = !tail_lost && (
             (t->op == GGML_OP_SET_ROWS       && t->src[GGML_PQ_SRC_SET_ROWS]) ||
             (t->op == GGML_OP_CPY            && t->src[GGML_PQ_SRC_CPY]) ||
             (t->op == GGML_OP_FLASH_ATTN_EXT && (!ggml_is_pq(t->src[1]->type) || t->src[GGML_PQ_SRC_FLASH_ATTN_K])
-                                             && (!ggml_is_pq(t->src[2]->type) || t->src[GGML_PQ_SRC_FLASH_ATTN_V]));
+                                             && (!ggml_is_pq(t->src[2]->type) || t->src[GGML_PQ_SRC_FLASH_ATTN_V])));
         if (!ok) {
             throw std::runtime_error(format("this model reads its KV cache with %s (%s), which PQ cache types do not support: %s",
                 ggml_op_name(t->op), t->name, HINT_OTHER));
@@ -285,9 +293,6 @@ static llama_million::device_codebook make_codebook(
     std::vector<uint8_t> bytes;
     std::string          error;
     pq_blob              blob;
-    if (text.empty()) {
-        fail("is missing; this layer was not calibrated");
-    }
     if (!pq_base64_decode(text.data(), text.size(), bytes)) {
         fail("is not base64");
     }
@@ -319,6 +324,38 @@ static llama_million::device_codebook make_codebook(
     }
     ggml_backend_tensor_set(res.tensor, packed.data(), 0, packed.size());
     return res;
+}
+
+ggml_type llama_million_layer_type(const llama_model & model, ggml_type type, uint32_t il, bool is_v) {
+    if (!ggml_is_pq(type)) {
+        return type;
+    }
+    const std::string why = check_type(model, type, is_v);
+    if (!why.empty()) {
+        throw std::runtime_error(why);
+    }
+    return model.million->blobs[pq_type_of(type)][is_v].at(il).empty() ? GGML_TYPE_F16 : type;
+}
+
+bool llama_million_can_have_tail(
+        const llama_model & model, ggml_type type_k, ggml_type type_v, uint32_t n_layer, const std::function<bool(int32_t il)> & filter) {
+    uint32_t n_coded = 0;
+    uint32_t n_plain = 0;
+    for (uint32_t il = 0; il < n_layer; ++il) {
+        if (!model.hparams.has_kv(il) || (filter && !filter(il))) {
+            continue;
+        }
+        const bool coded = ggml_is_pq(llama_million_layer_type(model, type_k, il, false)) ||
+                           ggml_is_pq(llama_million_layer_type(model, type_v, il, true));
+        ++(coded ? n_coded : n_plain);
+    }
+    if (n_coded > 0 && n_plain > 0) {
+        // one mask serves all layers, and a plain layer must see the cells that the tail hides
+        LLAMA_LOG_WARN("%s: %u layers have no codebooks and stay f16: this cache has no exact tail\n", __func__, n_plain);
+    } else if (n_plain > 0 && (ggml_is_pq(type_k) || ggml_is_pq(type_v))) {
+        LLAMA_LOG_INFO("%s: none of the %u layers of this cache has codebooks: they stay f16\n", __func__, n_plain);
+    }
+    return n_coded > 0 && n_plain == 0;
 }
 
 ggml_tensor * llama_million_codebook(
@@ -365,45 +402,167 @@ const char * million_model_check(const llama_model * model, int32_t type_k, int3
     return nullptr;
 }
 
-// a friend of llama_kv_cache
-struct llama_million_cache {
-    uint64_t bytes_k = 0;
-    uint64_t bytes_v = 0;
-    int32_t  type_k  = -1;
-    int32_t  type_v  = -1;
-
-    void add(const llama_kv_cache * kv) {
+struct llama_million_cache { // a friend of llama_kv_cache
+    static void add(const llama_kv_cache * kv, million_cache_info & info) {
         if (!kv) {
             return;
         }
-        bytes_k += kv->size_k_bytes();
-        bytes_v += kv->size_v_bytes();
+        info.bytes_k += kv->size_k_bytes();
+        info.bytes_v += kv->size_v_bytes();
         for (const auto & layer : kv->layers) {
-            type_k = layer.k ? layer.k->type : type_k;
-            type_v = layer.v ? layer.v->type : type_v;
+            for (const ggml_tensor * t : { layer.k, layer.v }) {
+                info.bytes_f16 += t ? ggml_nelements(t)*sizeof(ggml_fp16_t) : 0;
+            }
+            for (const ggml_tensor * t : { layer.k_tail, layer.v_tail }) {
+                info.bytes_tail += t ? ggml_nbytes(t) : 0;
+            }
+            for (const ggml_tensor * t : { layer.k_cb, layer.v_cb }) {
+                info.bytes_codebooks += t ? ggml_nbytes(t) : 0;
+            }
+            info.type_k = layer.k ? layer.k->type : info.type_k;
+            info.type_v = layer.v ? layer.v->type : info.type_v;
+        }
+        if (kv->tail) {
+            info.n_tail  = kv->tail->n_tail();
+            info.n_slots = kv->tail->n_slots()*kv->n_stream;
         }
     }
 };
 
-uint64_t million_cache_bytes(llama_context * ctx, int32_t * type_k, int32_t * type_v, uint64_t * bytes_k, uint64_t * bytes_v) {
-    llama_million_cache c;
+void million_get_cache_info(llama_context * ctx, million_cache_info * info) {
+    *info = {};
+    info->type_k = info->type_v = -1;
     const auto add_iswa = [&](const llama_kv_cache_iswa * kv) {
-        c.add(kv->get_base());
-        c.add(kv->get_swa());
+        llama_million_cache::add(kv->get_base(), *info);
+        llama_million_cache::add(kv->get_swa(),  *info);
     };
     llama_memory_t mem = llama_get_memory(ctx);
     if (auto * kv = dynamic_cast<llama_kv_cache *>(mem)) {
-        c.add(kv);
+        llama_million_cache::add(kv, *info);
     } else if (auto * kv = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
         add_iswa(kv);
     } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
-        c.add(hybrid->get_mem_attn());
+        llama_million_cache::add(hybrid->get_mem_attn(), *info);
     } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
         add_iswa(hybrid->get_mem_attn());
     }
-    if (type_k)  { *type_k  = c.type_k;  }
-    if (type_v)  { *type_v  = c.type_v;  }
-    if (bytes_k) { *bytes_k = c.bytes_k; }
-    if (bytes_v) { *bytes_v = c.bytes_v; }
-    return c.bytes_k + c.bytes_v;
+}
+
+//
+// the exact tail in a saved state
+//
+
+struct llama_million_state { // a friend of llama_kv_cache
+    static void write(const llama_kv_cache & kv, llama_io_write_i & io, uint32_t strm, const std::vector<std::pair<uint32_t, uint32_t>> & cell_ranges) {
+        if (!is_pq(kv)) {
+            return;
+        }
+        const uint64_t fingerprint = codebooks_fingerprint(kv);
+        io.write(&fingerprint, sizeof(fingerprint));
+
+        std::map<uint32_t, uint32_t> entries; // slot -> ordinal of its cell
+        uint32_t ordinal = 0;
+        for (const auto & [c0, c1] : cell_ranges) {
+            for (uint32_t cell = c0; cell < c1; ++cell, ++ordinal) {
+                const int32_t slot = kv.tail ? kv.tail->slot_of(strm, cell) : -1;
+                if (slot >= 0) {
+                    entries[slot] = ordinal;
+                }
+            }
+        }
+        const uint32_t n = entries.size();
+        io.write(&n, sizeof(n));
+        for (const auto & [_, ordinal] : entries) {
+            io.write(&ordinal, sizeof(ordinal));
+        }
+        for (const auto & layer : kv.layers) {
+            for (ggml_tensor * t : { layer.k_tail, layer.v_tail }) { // NULL without a tail: no entries then
+                for (const auto & [slot, _] : entries) {
+                    io.write_tensor(t, strm*t->nb[2] + slot*t->nb[1], t->nb[1]);
+                }
+            }
+        }
+    }
+
+    static bool read(llama_kv_cache & kv, llama_io_read_i & io, uint32_t strm, const std::vector<uint32_t> & cells) {
+        if (!is_pq(kv)) {
+            return true;
+        }
+        uint64_t fingerprint = 0;
+        io.read(&fingerprint, sizeof(fingerprint));
+        if (fingerprint != codebooks_fingerprint(kv)) {
+            LLAMA_LOG_ERROR("%s: the state has codes of other codebooks than this model: load the file it was saved with\n", __func__);
+            return false;
+        }
+        uint32_t n = 0;
+        io.read(&n, sizeof(n));
+        if (n > cells.size()) {
+            LLAMA_LOG_ERROR("%s: the state has a tail of %u rows for %zu cells: it is damaged\n", __func__, n, cells.size());
+            return false;
+        }
+        std::vector<int32_t> slots(n);
+        if (kv.tail) {
+            for (const uint32_t cell : cells) {
+                kv.tail->release(strm, cell);
+            }
+        }
+        for (int32_t & slot : slots) {
+            uint32_t ordinal = 0;
+            io.read(&ordinal, sizeof(ordinal));
+            if (ordinal >= cells.size()) {
+                LLAMA_LOG_ERROR("%s: the state has a tail row for cell %u of %zu: it is damaged\n", __func__, ordinal, cells.size());
+                return false;
+            }
+            slot = kv.tail ? kv.tail->take(strm, cells[ordinal]) : -1;
+        }
+        std::vector<uint8_t> skipped;
+        for (const auto & layer : kv.layers) {
+            for (const bool is_v : { false, true }) {
+                ggml_tensor       * t     = is_v ? layer.v_tail : layer.k_tail;
+                const ggml_tensor * cache = is_v ? layer.v      : layer.k;
+                const size_t row = cache->ne[0]*sizeof(ggml_fp16_t);
+                for (const int32_t slot : slots) {
+                    if (slot >= 0) {
+                        io.read_tensor(t, strm*t->nb[2] + slot*t->nb[1], row);
+                    } else {
+                        skipped.resize(row);
+                        io.read(skipped.data(), row);
+                    }
+                }
+            }
+        }
+        return true;
+    }
+
+private:
+    // Tells codebooks apart: hashes the header of each blob, which has the checksum of its payload.
+    static uint64_t codebooks_fingerprint(const llama_kv_cache & kv) {
+        uint64_t h = 0xcbf29ce484222325ull;
+        for (const auto & layer : kv.layers) {
+            for (const bool is_v : { false, true }) {
+                const ggml_tensor * t = is_v ? layer.v : layer.k;
+                if (!t || !ggml_is_pq(t->type)) {
+                    continue;
+                }
+                const std::string & blob = kv.model.million->blobs[pq_type_of(t->type)][is_v].at(layer.il);
+                for (size_t i = 0; i < std::min<size_t>(blob.size(), (PQ_BLOB_HEADER_BYTES + 2)/3*4); ++i) {
+                    h = (h ^ (uint8_t) blob[i]) * 0x100000001b3ull;
+                }
+            }
+        }
+        return h;
+    }
+
+    static bool is_pq(const llama_kv_cache & kv) {
+        return std::any_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) { return layer.k_cb || layer.v_cb; });
+    }
+};
+
+void llama_million_state_write_tail(const llama_kv_cache & kv, llama_io_write_i & io, uint32_t strm,
+        const std::vector<std::pair<uint32_t, uint32_t>> & cell_ranges) {
+    llama_million_state::write(kv, io, strm, cell_ranges);
+}
+
+bool llama_million_state_read_tail(llama_kv_cache & kv, llama_io_read_i & io, uint32_t strm, const std::vector<uint32_t> & cells) {
+    return llama_million_state::read(kv, io, strm, cells);
 }

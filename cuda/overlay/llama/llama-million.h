@@ -8,6 +8,7 @@
 
 #ifdef __cplusplus
 
+#include <functional>
 #include <memory>
 
 struct llama_hparams;
@@ -29,7 +30,15 @@ ggml_tensor * llama_million_codebook(
         uint32_t                   il,
         bool                       is_v);
 
-// Refuses (logging why) cache types that this model cannot have; turns flash attention from auto to on for PQ types.
+// The type of one layer's K or V in a cache of type `type`: f16 for a layer that the file has no PQ codebook for.
+ggml_type llama_million_layer_type(const llama_model & model, ggml_type type, uint32_t il, bool is_v);
+
+// Whether a cache of these types and layers can have an exact tail: all of its layers must have codes in K or V.
+bool llama_million_can_have_tail(const llama_model & model, ggml_type type_k, ggml_type type_v, uint32_t n_layer,
+        const std::function<bool(int32_t il)> & filter);
+
+// Refuses (logging why) cache types that this model cannot have; turns flash attention from auto to on for PQ types; notes
+// the micro-batch size for the exact tail of the caches that the calling thread makes next.
 bool llama_million_check_params(const llama_model & model, llama_context_params & params);
 
 // Throws when a node reads or writes PQ codes in a way no backend can: a clear end instead of an abort in the scheduler.
@@ -41,9 +50,24 @@ extern "C" {
 // NULL when a cache of these types can be made for the model, else the reason. The text lives until the thread's next call.
 LLAMA_API const char * million_model_check(const struct llama_model * model, int32_t type_k, int32_t type_v);
 
-// Bytes of the context's cache tensors; 0 when it has none. Any of the pointers may be NULL.
-LLAMA_API uint64_t million_cache_bytes(
-        struct llama_context * ctx, int32_t * type_k, int32_t * type_v, uint64_t * bytes_k, uint64_t * bytes_v);
+struct million_cache_info {
+    int32_t  type_k;     // ggml types of the layers, -1 without a cache; the last layer's when they differ
+    int32_t  type_v;
+    uint64_t bytes_k;    // codes or values
+    uint64_t bytes_v;
+    uint64_t bytes_f16;  // what the same cells take in f16
+    uint64_t bytes_tail; // the exact tail
+    uint64_t bytes_codebooks;
+    uint32_t n_tail;     // tokens of a sequence in the exact tail; 0: none
+    uint32_t n_slots;    // its rows, micro-batch included
+};
+
+// Types and bytes of the context's cache tensors, all 0 (types -1) when it has none.
+LLAMA_API void million_get_cache_info(struct llama_context * ctx, struct million_cache_info * info);
+
+// Tokens that the exact tail of a PQ cache keeps per sequence, for contexts that the calling thread makes from now on.
+// 0: no tail. Negative: the default, which is the environment variable MILLION_KV_TAIL or else 128. Returns the value before.
+LLAMA_API int32_t million_set_kv_tail(int32_t n_tokens);
 
 // ---- calibration capture ----
 //

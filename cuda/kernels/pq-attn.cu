@@ -1,0 +1,239 @@
+#include "pq-attn.cuh"
+
+#include <math.h>
+
+#include <algorithm>
+
+using namespace pq_attn;
+
+namespace {
+
+constexpr int MAX_SPLIT      = 256;
+constexpr int MAX_LIST       = 65535;  // tiles and tail slots of a block: u16 indexes
+constexpr int SPLIT_STEP     = 64;     // cells: whole tiles of every kernel
+constexpr int PROLOGUE_CELLS = 400;    // what a block does before its first cell takes as long as this many cells of one row
+constexpr int COMBINE_CELLS  = 200;    // and the launch of the combine kernel, as this many
+
+int64_t div_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+bool is_coded(const pq_attn_side & s) {
+    return s.type < PQ_TYPE_COUNT;
+}
+
+struct smem_layout {
+    size_t scores, rows, q, qt, list, merge_ml, tail, red, bytes;
+};
+
+// One place for the sizes that the plan adds up and the kernel is told.
+smem_layout get_smem_layout(const pq_attn_params & p, int lanes, int R, bool two_phase, int64_t n_list, int score_tiles) {
+    const size_t NT = n_threads(R), NW = NT / PQ_WARP, D = p.k.D;
+    const size_t k  = table_bytes(p.k.type, lanes), v = table_bytes(p.v.type, lanes);
+    const size_t v_offset = v == 0 || lanes == 8 ? 0 : v_table_offset(kernel_type(p, lanes), lanes, two_phase);
+    smem_layout s;
+    size_t off = std::max({ k, v_offset + v, NW * R * 1024 }); // the merge reuses the tables' room
+    auto take = [&](size_t bytes) {
+        const size_t at = off;
+        off += (bytes + 15) / 16 * 16;
+        return at;
+    };
+    s.scores   = take((size_t) score_tiles * R * (lanes == 8 ? 2 : 1) * PQ_WARP * sizeof(float));
+    s.rows     = take(R * sizeof(row_info));
+    s.q        = take(R * D * sizeof(float));
+    s.qt       = take((size_t) R * 8 * lanes * sizeof(uint16_t));
+    s.list     = take(n_list * sizeof(uint16_t));
+    s.merge_ml = take((2 * NW * R + 6 * R) * sizeof(float));
+    s.tail     = p.tail.n > 0 ? take(R * (D + TAIL_CHUNK + 1) * sizeof(float)) : 0;
+    s.red      = p.tail.n > 0 ? take(2 * NT * R * sizeof(float)) : 0;
+    s.bytes    = off;
+    return s;
+}
+
+// Whether the tables of K and V can be in shared memory together where one is not written over the other (see v_table_offset).
+bool tables_apart(const pq_attn_params & p, int lanes) {
+    return lanes < 32 || !is_coded(p.k) || !is_coded(p.v) || (p.k.type == PQ_TYPE_PQ3 && p.v.type == PQ_TYPE_PQ3);
+}
+
+int rows_per_block(int64_t n_rows) {
+    return n_rows == 1 ? 1 : n_rows <= 4 ? 4 : 8;
+}
+
+int lanes_per_cell(int D) {
+    return D <= 64 ? 8 : D <= 128 ? 16 : 32;
+}
+
+constexpr int MIN_SCORE_TILES = 16; // a tile for every warp
+
+} // namespace
+
+const char * pq_cuda_attn_unsupported(const pq_attn_params & p, const pq_cuda_device_props & device) {
+    if (device.cc < 80) {
+        return "the device is older than compute capability 8.0 (tensor-core products of halves, 16x8x16)";
+    }
+    if (!is_coded(p.k) && !is_coded(p.v)) {
+        return "neither K nor V holds PQ codes";
+    }
+    if (p.k.D != p.v.D) {
+        return "K and V have different head sizes";
+    }
+    if (!pq_head_size_ok(p.k.D)) {
+        return "the head size is not a multiple of 8 up to 256";
+    }
+    if (p.n_q < 1 || p.n_q > PQ_CUDA_ATTN_MAX_N_Q) {
+        return "more query tokens than the kernels for few rows take";
+    }
+    for (const pq_attn_side * s : { &p.k, &p.v }) {
+        const size_t align = !is_coded(*s) ? 16 : s->type == PQ_TYPE_PQ4 ? 4 : s->type == PQ_TYPE_PQ2 ? 2 : 1;
+        if (((uintptr_t) s->data | s->row_stride | s->head_stride | s->stream_stride) % align != 0) {
+            return "rows of the cache are not aligned (16 bytes for f16, 4 for pq4, 2 for pq2)";
+        }
+        if (s->row_stride > UINT32_MAX) {
+            return "cells of the cache are 4 GiB or more apart";
+        }
+    }
+    const pq_attn_tail & t = p.tail;
+    if (t.n > 0 && ((uintptr_t) t.k | (uintptr_t) t.v | t.k_row_stride | t.v_row_stride | t.k_head_stride | t.v_head_stride
+                    | t.k_stream_stride | t.v_stream_stride) % 16 != 0) {
+        return "rows of the exact tail are not at multiples of 16 bytes";
+    }
+    if (t.n > MAX_LIST / 2) {
+        return "the exact tail has more than 32767 slots";
+    }
+    if (p.k.D <= 64) {
+        const int R = rows_per_block(p.n_q * (p.n_head / p.n_head_kv));
+        if (get_smem_layout(p, 8, R, false, t.n + 256, 0).bytes > device.smem_optin) {
+            return "the device has too little shared memory per block";
+        }
+    } else {
+        const int lanes = lanes_per_cell(p.k.D), R = rows_per_block(p.n_q * (p.n_head / p.n_head_kv));
+        if (get_smem_layout(p, lanes, R, true, t.n + 4096, MIN_SCORE_TILES).bytes > device.smem_optin) {
+            return "the device has too little shared memory per block";
+        }
+    }
+    return nullptr;
+}
+
+pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda_device_props & device) {
+    pq_cuda_attn_plan plan = {};
+    const int64_t n_rows = p.n_q * (p.n_head / p.n_head_kv);
+    plan.lanes          = lanes_per_cell(p.k.D);
+    plan.rows_per_block = rows_per_block(n_rows);
+    plan.n_row_groups   = (int32_t) div_up(n_rows, plan.rows_per_block);
+    plan.n_threads      = n_threads(plan.rows_per_block);
+
+    // One block fills a multiprocessor. Time in units of a cell: every wave of blocks costs its longest block.
+    const int64_t n_base  = (int64_t) p.n_stream * p.n_head_kv * plan.n_row_groups;
+    const int64_t n_steps = div_up(p.n_kv, SPLIT_STEP);
+    int64_t best_cost = INT64_MAX;
+    plan.n_split = 1;
+    for (int64_t n = 1; n <= std::min<int64_t>(MAX_SPLIT, std::max<int64_t>(n_steps, 1)); n++) {
+        const int64_t cells = div_up(n_steps, n) * SPLIT_STEP;
+        const int64_t slots = div_up(p.tail.n, n);
+        if (cells / cells_per_tile(plan.lanes) + slots > MAX_LIST) {
+            continue;
+        }
+        const int64_t waves = div_up(n_base * n, device.n_sm);
+        const int64_t cost  = waves * (PROLOGUE_CELLS + cells) + (n > 1 ? COMBINE_CELLS : 0);
+        if (cost < best_cost) {
+            best_cost    = cost;
+            plan.n_split = (int32_t) n;
+        }
+    }
+    plan.cells_per_split = div_up(n_steps, plan.n_split) * SPLIT_STEP;
+    if (n_steps > 0) { // no part without cells
+        plan.n_split = (int32_t) div_up(n_steps * SPLIT_STEP, plan.cells_per_split);
+    }
+    plan.slots_per_split = div_up(p.tail.n, plan.n_split);
+    plan.n_blocks        = (int32_t) (n_base * plan.n_split);
+
+    const int     R      = plan.rows_per_block;
+    const int64_t n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
+    plan.smem_bytes = get_smem_layout(p, plan.lanes, R, false, n_list, 0).bytes;
+    if (plan.smem_bytes > device.smem_optin || !tables_apart(p, plan.lanes)) {
+        plan.two_phase   = 1;
+        const size_t one = get_smem_layout(p, plan.lanes, R, true, n_list, 1).bytes - get_smem_layout(p, plan.lanes, R, true, n_list, 0).bytes;
+        const size_t fit = (device.smem_optin - std::min(device.smem_optin, get_smem_layout(p, plan.lanes, R, true, n_list, 0).bytes)) / one;
+        const int64_t need = std::max<int64_t>(plan.cells_per_split / cells_per_tile(plan.lanes), MIN_SCORE_TILES);
+        plan.score_tiles = (int32_t) std::min<int64_t>((int64_t) fit, need);
+        plan.smem_bytes  = get_smem_layout(p, plan.lanes, R, true, n_list, plan.score_tiles).bytes;
+    }
+    const size_t record_floats = 4 + (size_t) p.v.D * (p.tail.n > 0 ? 2 : 1);
+    plan.scratch_bytes = plan.n_split == 1 ? 0 : (size_t) p.n_stream * p.n_head_kv * n_rows * plan.n_split * record_floats * sizeof(float);
+    return plan;
+}
+
+static side_args get_side_args(const pq_attn_side & s) {
+    side_args a = {};
+    if (is_coded(s)) {
+        const pq_codebook_layout l = pq_get_codebook_layout(s.type, s.D, s.has_transform);
+        a.mu         = (uint32_t) l.mu;
+        a.T_inv      = (uint32_t) l.T_inv;
+        a.centroids  = (uint32_t) l.centroids;
+        a.head_bytes = l.head_bytes;
+        // four lanes share three words: a head must begin at a word and have whole groups of four lanes
+        a.bytewise = s.type == PQ_TYPE_PQ3 && (((uintptr_t) s.data | s.row_stride | s.head_stride | s.stream_stride) % 4 != 0 || s.D % 32 != 0);
+    }
+    return a;
+}
+
+cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch, cudaStream_t stream) {
+    if (p.n_q == 0 || p.n_stream == 0) {
+        return cudaSuccess;
+    }
+    const int64_t     n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
+    const smem_layout s      = get_smem_layout(p, plan.lanes, plan.rows_per_block, plan.two_phase, n_list, plan.score_tiles);
+
+    args a = {};
+    a.p = p;
+    a.k = get_side_args(p.k);
+    a.v = get_side_args(p.v);
+    a.n_split         = plan.n_split;
+    a.n_row_groups    = plan.n_row_groups;
+    a.n_group         = p.n_head / p.n_head_kv;
+    a.n_rows          = (int32_t) p.n_q * a.n_group;
+    a.cells_per_split = plan.cells_per_split;
+    a.slots_per_split = plan.slots_per_split;
+    a.mask_by_16      = ((uintptr_t) p.mask | p.mask_token_stride | p.mask_head_stride | p.mask_stream_stride) % 16 == 0;
+    a.score_tiles     = plan.score_tiles;
+    a.n_head_log2     = 1;
+    while (2 * a.n_head_log2 <= p.n_head) {
+        a.n_head_log2 *= 2;
+    }
+    a.slope_log2_0  = -p.max_bias / (float) a.n_head_log2;
+    a.slope_log2_1  = -p.max_bias / 2.0f / (float) a.n_head_log2;
+    a.q_scale       = p.logit_softcap != 0.0f ? p.scale : p.scale * LOG2E;
+    a.partials      = (float *) scratch;
+    a.record_floats = 4 + p.v.D * (p.tail.n > 0 ? 2 : 1);
+    a.smem_scores   = (uint32_t) s.scores;
+    a.smem_rows     = (uint32_t) s.rows;
+    a.smem_q        = (uint32_t) s.q;
+    a.smem_qt       = (uint32_t) s.qt;
+    a.smem_list     = (uint32_t) s.list;
+    a.smem_merge_ml = (uint32_t) s.merge_ml;
+    a.smem_tail     = (uint32_t) s.tail;
+    a.smem_red      = (uint32_t) s.red;
+
+    const cudaError_t err = plan.rows_per_block == 1 ? launch<1>(a, plan, stream)
+                          : plan.rows_per_block == 4 ? launch<4>(a, plan, stream)
+                                                     : launch<8>(a, plan, stream);
+    if (err != cudaSuccess || plan.n_split == 1) {
+        return err;
+    }
+    return pq_launch(combine_kernel<COMBINE_THREADS>, dim3(a.n_rows, p.n_head_kv, p.n_stream), COMBINE_THREADS, 0, stream, a);
+}
+
+cudaError_t pq_cuda_get_device_props(pq_cuda_device_props * props) {
+    int device = 0, major = 0, minor = 0, n_sm = 0, smem = 0;
+    cudaError_t err = cudaGetDevice(&device);
+    if (err == cudaSuccess) err = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (err == cudaSuccess) err = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (err == cudaSuccess) err = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
+    if (err == cudaSuccess) err = cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (err == cudaSuccess) {
+        props->cc         = 10 * major + minor;
+        props->n_sm       = n_sm;
+        props->smem_optin = (size_t) smem;
+    }
+    return err;
+}

@@ -1,0 +1,110 @@
+// Device helpers of the attention kernels: thin wrappers around instructions, nothing that knows what a cache is.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdint.h>
+
+#define PQ_DEVICE static __device__ __forceinline__
+
+constexpr int PQ_WARP = 32;
+
+#define PQ_FULL_WARP 0xffffffffu
+
+// Codes and rows of the cache are read once by a block: they need no room in L1. `volatile` keeps a load where it was written, ahead
+// of the work that hides it.
+PQ_DEVICE uint32_t pq_load_stream_u32(const uint8_t * p) {
+    uint32_t x;
+    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(x) : "l"(p));
+    return x;
+}
+
+PQ_DEVICE uint32_t pq_load_stream_u16(const uint8_t * p) {
+    uint16_t x;
+    asm volatile("ld.global.nc.L1::no_allocate.b16 %0, [%1];" : "=h"(x) : "l"(p));
+    return x;
+}
+
+PQ_DEVICE uint4 pq_load_stream_u128(const uint8_t * p) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+
+// Dynamic shared memory begins after the 1 KB that the system keeps (compute capability 8.0 and later), in a kernel without static
+// shared memory. With the address known at compile time a table lookup needs no addition; kernels that use it check it.
+constexpr uint32_t PQ_SHARED_BASE = 1024;
+
+template <uint32_t OFFSET /* in dynamic shared memory */>
+PQ_DEVICE uint32_t pq_load_shared_u32(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared.b32 %0, [%1+%2];" : "=r"(x) : "r"(address), "n"(PQ_SHARED_BASE + OFFSET));
+    return x;
+}
+
+template <uint32_t OFFSET>
+PQ_DEVICE uint2 pq_load_shared_u64(uint32_t address) {
+    uint2 x;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2+%3];" : "=r"(x.x), "=r"(x.y) : "r"(address), "n"(PQ_SHARED_BASE + OFFSET));
+    return x;
+}
+
+PQ_DEVICE __half2 pq_as_half2(uint32_t x) {
+    __half2 h;
+    memcpy(&h, &x, 4);
+    return h;
+}
+
+PQ_DEVICE uint32_t pq_as_u32(__half2 h) {
+    uint32_t x;
+    memcpy(&x, &h, 4);
+    return x;
+}
+
+PQ_DEVICE float2 pq_half2_to_float2(uint32_t x) {
+    return __half22float2(pq_as_half2(x));
+}
+
+PQ_DEVICE float pq_exp2(float x) { // 2 ulp; exp2(-inf) = 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// A value that the compiler can't derive others from ahead of time: for what is cheaper to compute again than to keep in a register.
+PQ_DEVICE int pq_opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// Barrier number `id` of the first n threads of a block, n a multiple of 32.
+PQ_DEVICE void pq_barrier(int id, int n) {
+    asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(n) : "memory");
+}
+
+PQ_DEVICE float pq_warp_sum(float x) {
+#pragma unroll
+    for (int o = PQ_WARP / 2; o > 0; o /= 2) {
+        x += __shfl_xor_sync(PQ_FULL_WARP, x, o);
+    }
+    return x;
+}
+
+PQ_DEVICE float pq_warp_max(float x) {
+#pragma unroll
+    for (int o = PQ_WARP / 2; o > 0; o /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(PQ_FULL_WARP, x, o));
+    }
+    return x;
+}
+
+// C [16][8] += A [16][16] * B [16][8], halves in, floats out. With g = lane / 4, t = lane % 4 a lane holds
+//   A: a0 = A[g][2t, 2t+1], a1 = A[g+8][2t, 2t+1], a2 = A[g][2t+8, 2t+9], a3 = A[g+8][2t+8, 2t+9]
+//   B: b0 = B[2t, 2t+1][g], b1 = B[2t+8, 2t+9][g]
+//   C: c[0], c[1] = C[g][2t, 2t+1], c[2], c[3] = C[g+8][2t, 2t+1]
+PQ_DEVICE void pq_mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}

@@ -1,0 +1,61 @@
+// PQ cache kernels for CUDA: encode, decode, attention on codes. Raw device pointers, byte strides and the structs of
+// pq/pq-params.h; nothing here knows ggml. No function allocates memory, synchronizes, or reads device memory on the host, so
+// each can be captured in a CUDA graph.
+//
+// Attention takes two steps: a plan (a pure function of shapes and device properties, which tests call without a GPU)
+// and the launch, which follows the plan.
+#pragma once
+
+#include "../pq/pq-params.h"
+
+#include <cuda_runtime_api.h>
+
+#include <stddef.h>
+#include <stdint.h>
+
+// ---- attention ----
+
+#define PQ_CUDA_ATTN_MAX_N_Q 8 // query tokens per stream; above it decode to f16 and use a tensor-core kernel (prefill)
+
+struct pq_cuda_device_props {
+    int    cc;         // compute capability: 10 * major + minor
+    int    n_sm;       // multiprocessors
+    size_t smem_optin; // largest dynamic shared memory of a block, bytes (cudaDevAttrMaxSharedMemoryPerBlockOptin)
+};
+
+struct pq_cuda_attn_plan {
+    int32_t two_phase;       // 0: the tables of K and V are in shared memory together. 1: one after the other (both do not fit)
+    int32_t lanes;           // lanes that share a cell, D / 8 rounded up to 8, 16 or 32
+    int32_t rows_per_block;  // query rows of a KV head that one block serves at a time: 1, 4 or 8
+    int32_t n_row_groups;    // blocks that share a KV head's rows
+    int32_t n_split;         // parts of the context, each a block
+    int64_t cells_per_split;
+    int64_t slots_per_split; // of the exact tail
+    int32_t n_threads;
+    int32_t n_blocks;
+    int32_t score_tiles;     // two_phase: tiles whose scores fit in shared memory
+    size_t  smem_bytes;      // dynamic shared memory of a block
+    size_t  scratch_bytes;   // device memory that pq_cuda_attn takes as `scratch`; 0 when n_split is 1
+};
+
+// NULL, or what about these parameters the CUDA kernels do not cover. Pure.
+const char * pq_cuda_attn_unsupported(const pq_attn_params & p, const pq_cuda_device_props & device);
+
+// Pure; only shapes, types and the presence of optional parts are read. Parameters must be supported.
+pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda_device_props & device);
+
+// Launches attention and combine on `stream`. `scratch` holds plan.scratch_bytes, 16-byte aligned.
+cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch, cudaStream_t stream);
+
+// Reads the properties of the current device.
+cudaError_t pq_cuda_get_device_props(pq_cuda_device_props * props);
+
+// ---- encode ----
+
+// Encodes the sides (K and V of one step, 1 or 2) in one launch; each side has its own parameters.
+cudaError_t pq_cuda_encode(const pq_encode_params * sides, int n_sides, cudaStream_t stream);
+
+// ---- decode ----
+
+// Codes -> rows, to p.x (f32), or, when x_f16 is not NULL, to x_f16 (f16; the strides of p.x then hold for it).
+cudaError_t pq_cuda_decode(const pq_decode_params & p, uint16_t * x_f16, cudaStream_t stream);

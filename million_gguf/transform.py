@@ -1,0 +1,169 @@
+"""The linear map of a codebook (``design``: K and V each have one per layer and KV head), fitted before any centroid.
+
+An error ``e`` in a cached row does not cost ``|e|^2``. In a K row it moves the scores of the queries that meet it, by
+``q.e``; in a V row it moves what leaves the attention block, by ``e W_o``. Both costs are quadratic, ``e C e^T``, with
+
+* K: C = E[q^T q], the second moment of the queries of the KV head's group,
+* V: C = sum over the group's query heads of ``W_o W_o^T``, the part of the output projection that the head feeds.
+
+With A = C^(1/2), errors of ``x A`` cost the same in every direction. There the rows are turned into their principal axes
+U (the KLT), so that the parts of ``y = (x - mu) A U`` do not correlate and k-means per subspace loses nothing between
+subspaces. Which axes share a subspace is chosen so that all carry the same load: at a fixed number of bits each, the
+error of a subspace follows the geometric mean of its variances, so large and small ones are put together (Ge et al.,
+"Optimized Product Quantization", PAMI 2014, section 4.2, eigenvalue allocation; there with C = 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError, MismatchError
+
+F64 = npt.NDArray[np.float64]
+
+# Share of the mean eigenvalue that is added to every direction of a metric. Directions that no calibration query looked
+# into may still meet one later, and the inverse must fit f16.
+_RIDGE = 1e-4
+
+# The stored map is refused above 1e6 (container.py); this leaves a factor of ten for the rounding to f16.
+_MAX_CONDITION = 1e5
+
+_F16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Principal axes of one layer and side, in the order of falling variance.
+
+    Attributes:
+        axes: f64 ``[n_head_kv, D, D]``; ``x @ axes[h]`` are the rows of head h along their axes.
+        variance: f64 ``[n_head_kv, D]``, of the training rows along each axis, falling; the unit is that of ``axes``.
+    """
+
+    axes: F64
+    variance: F64
+
+    @property
+    def spread(self) -> F64:
+        """Arithmetic over geometric mean of the variances, ``[n_head_kv]``: what coding all axes alike would lose.
+
+        1 when all axes are alike. Axes below 1e-9 of the largest count as that: they are noise of the arithmetic."""
+        v = np.maximum(self.variance, 1e-9 * self.variance[:, :1])
+        mean = v.mean(axis=1)
+        return np.where(mean > 0.0, mean / np.exp(np.log(np.where(v > 0.0, v, 1.0)).mean(axis=1)), 1.0)
+
+    def transform(self, dsub: int) -> npt.NDArray[np.float16]:
+        """T f16 ``[n_head_kv, D, D]`` for subspaces of ``dsub`` axes."""
+        order = np.stack([balanced_order(v, dsub) for v in self.variance])
+        T: npt.NDArray[np.float16] = np.take_along_axis(self.axes, order[:, None, :], axis=2).astype(np.float16)
+        return T
+
+
+def query_metric(queries: npt.NDArray[np.floating], n_head_kv: int) -> F64:
+    """Cost of errors in K: f64 ``[n_head_kv, D, D]`` from queries ``[n, n_head, D]``, as attention meets them (after rope).
+
+    Raises MismatchError when the heads do not divide into groups, InputError when there are none or they are not finite.
+    """
+    n, n_head, D = queries.shape
+    if n < 1 or n_head % n_head_kv:
+        raise MismatchError(f"queries are [{n}, {n_head}, {D}], need at least one and a multiple of {n_head_kv} heads")
+    group = n_head // n_head_kv
+    metric = np.empty((n_head_kv, D, D))
+    for h in range(n_head_kv):
+        q = queries[:, h * group : (h + 1) * group].reshape(-1, D).astype(np.float64)
+        metric[h] = q.T @ q / q.shape[0]
+    if not np.isfinite(metric).all():
+        raise InputError(
+            "found queries with NaN or infinity, need finite ones: check that the model runs well without PQ"
+        )
+    return metric
+
+
+def output_metric(weight: npt.NDArray[np.floating], n_head_kv: int, D: int) -> F64:
+    """Cost of errors in V: f64 ``[n_head_kv, D, D]`` from the output projection ``[n_embd, n_head * D]``.
+
+    Raises MismatchError when its columns do not divide into groups of heads.
+    """
+    n_embd, width = weight.shape
+    if width % (n_head_kv * D):
+        raise MismatchError(f"the output projection has {width} columns, need a multiple of {n_head_kv} x {D}")
+    group = width // (n_head_kv * D)
+    metric = np.zeros((n_head_kv, D, D))
+    for h in range(n_head_kv):
+        for g in range(group):
+            w = weight[:, (h * group + g) * D :][:, :D].astype(np.float64)
+            metric[h] += w.T @ w
+    if not np.isfinite(metric).all():
+        raise InputError(
+            "found an output projection with NaN or infinity, need finite weights: convert the model again"
+        )
+    return metric
+
+
+def fit(rows: npt.NDArray[np.floating], metric: F64 | None) -> Basis:
+    """Principal axes of the rows in a metric.
+
+    Args:
+        rows: f32 or f16 ``[n, n_head_kv, D]``, as the cache would store them.
+        metric: ``[n_head_kv, D, D]``, symmetric and positive semidefinite; None: all errors cost the same.
+
+    Raises:
+        MismatchError: shapes that do not fit each other. InputError: rows with NaN or infinity.
+    """
+    n, n_head_kv, D = rows.shape
+    if metric is not None and metric.shape != (n_head_kv, D, D):
+        raise MismatchError(f"the metric is {list(metric.shape)}, need [{n_head_kv}, {D}, {D}]")
+    axes, variance = np.empty((n_head_kv, D, D)), np.empty((n_head_kv, D))
+    for h in range(n_head_kv):
+        x = rows[:, h].astype(np.float64)
+        x -= x.mean(axis=0)
+        covariance = x.T @ x / n
+        if not np.isfinite(covariance).all():
+            raise InputError(
+                "found rows with NaN or infinity, need finite ones: check that the model runs well without PQ"
+            )
+        axes[h], variance[h] = _principal_axes(covariance, np.eye(D) if metric is None else metric[h])
+    return Basis(axes, variance)
+
+
+def _principal_axes(covariance: F64, metric: F64) -> tuple[F64, F64]:
+    """Axes ``[D, D]`` of one head, and the variances along them, falling."""
+    D = covariance.shape[0]
+    mean = np.trace(metric) / D
+    if mean <= 0.0:
+        metric, mean = np.eye(D), 1.0
+    cost, directions = np.linalg.eigh(metric)
+    ridge = _RIDGE * mean
+    while True:
+        root = np.sqrt(np.maximum(cost, 0.0) + ridge)
+        A = (directions * root) @ directions.T
+        variance, U = np.linalg.eigh(A @ covariance @ A)
+        axes = A @ U[:, ::-1]
+        inverse = U[:, ::-1].T @ ((directions / root) @ directions.T)
+        if np.abs(axes).sum(axis=1).max() * np.abs(inverse).sum(axis=1).max() <= _MAX_CONDITION:
+            break
+        ridge *= 4.0
+    # Stored in f16 both ways: with equal largest values neither runs out of f16's range before the other.
+    scale = np.sqrt(np.abs(inverse).max() / np.abs(axes).max())
+    return axes * scale, np.maximum(variance[::-1], 0.0) * scale**2
+
+
+def balanced_order(variance: F64, dsub: int) -> npt.NDArray[np.int64]:
+    """Order of the axes so that every ``dsub`` neighbours have about the same product of variances.
+
+    The largest axis that is left goes to the subspace whose product is smallest so far and that has room.
+    """
+    D = variance.shape[0]
+    M = D // dsub
+    # In units of the smallest that counts, so that every axis adds to its subspace's load.
+    load_of = np.log(np.maximum(variance, 1e-9 * variance.max()) + np.finfo(np.float64).tiny)
+    load_of -= load_of.min() - 1.0
+    load, members = np.zeros(M), [[] for _ in range(M)]  # type: tuple[F64, list[list[int]]]
+    for axis in np.argsort(-variance, kind="stable"):
+        m = min((m for m in range(M) if len(members[m]) < dsub), key=lambda m: (load[m], m))
+        members[m].append(int(axis))
+        load[m] += load_of[axis]
+    return np.array(members, dtype=np.int64).reshape(-1)
