@@ -33,8 +33,7 @@ namespace pq_attn {
 constexpr int ANY_TYPE = -1;            // the type is known at run time only
 constexpr int PLAIN    = PQ_TYPE_COUNT; // f16 rows
 
-constexpr int N_SLOT     = 16;  // slots of a tile: the rows of one tensor-core product, so the scores of a tile are summed together
-constexpr int TAIL_CHUNK = 128; // tail slots whose weights are in shared memory at a time
+constexpr int N_SLOT = 16;  // slots of a tile: the rows of one tensor-core product, so the scores of a tile are summed together
 
 constexpr float LOG2E = 1.44269504088896341f;
 
@@ -46,6 +45,11 @@ constexpr float MAX_GROWTH = 8.0f;
 // Threads of a block, by its rows. Registers bound them: a row takes 4 for the query, 8 for the output, 4 for scores.
 __host__ __device__ constexpr int n_threads(int R) {
     return R == 1 ? 512 : R == 4 ? 384 : 256;
+}
+
+// Threads that attend to the tail while the others build the tables.
+__host__ __device__ constexpr int n_tail_threads(int R) {
+    return n_threads(R) / 4;
 }
 
 __host__ __device__ constexpr int cells_per_tile(int L) {
@@ -69,15 +73,18 @@ struct args {
     int32_t n_group;         // query heads per KV head
     int64_t cells_per_split;
     int64_t slots_per_split;
+    int32_t prefetch;        // contexts so deep that the codebooks will be needed
     int32_t mask_by_16;      // mask rows start at multiples of 16 bytes
     int32_t score_tiles;     // two phases: tiles whose scores fit
     int32_t n_head_log2;
     float   slope_log2_0;    // log2 of the ALiBi bases
     float   slope_log2_1;
     float   q_scale;         // what the product of q and k is scaled with before the softcap, or times log2(e) without one
+    float   cap_inv;         // 1 / logit_softcap
+    float   cap_log2e;       // logit_softcap times log2(e)
     float * partials;        // [n_stream][n_head_kv][n_rows][n_split] records
     int32_t record_floats;   // {m, weight of the coded part, weight of the tail, 0}, coded sum [D], tail sum [D]
-    uint32_t smem_scores, smem_rows, smem_q, smem_qt, smem_list, smem_merge_ml, smem_tail, smem_red; // byte offsets
+    uint32_t smem_scores, smem_rows, smem_q, smem_qt, smem_list, smem_bits, smem_merge_ml, smem_tail, smem_tail_part; // byte offsets
 };
 
 // Where the tables lie in shared memory is known at compile time, so that a lookup is one instruction. K begins at 0. L = 8: K
@@ -199,6 +206,17 @@ PQ_DEVICE void init_side(lane_side & s, const side_args & sa, int D, int lane) {
 
 // ---- tables ----
 
+// Asks for a head block (but for T, which attention does not use) to be brought into L2; thread i of n.
+PQ_DEVICE void prefetch_l2(const uint8_t * block, const side_args & s, int i, int n) {
+    if (!block) {
+        return;
+    }
+    const uint32_t from = s.T_inv ? s.T_inv : s.centroids;
+    for (uint64_t at = from + (uint64_t) i * 128; at < s.head_bytes; at += (uint64_t) n * 128) {
+        asm volatile("prefetch.global.L2 [%0];" : : "l"(block + at));
+    }
+}
+
 // Row c of a table holds, 16 bytes per lane, centroid c of every subspace in the head's order. A thread takes the subspaces of one lane and 16
 // bytes of centroids of each, and turns that little matrix: both sides see whole 16-byte accesses without conflicts.
 template <int TYPE, int L>
@@ -270,7 +288,7 @@ PQ_DEVICE void load_tile(uint32_t (&w)[N_SLOT], const lane_side & s, int64_t cel
             p += s.cell * s.row_stride;
 #pragma unroll
             for (int j = 0; j < N_SLOT; j++) {
-                w[j] = load_word<TYPE>(s, p + (uint64_t) s.row_stride * (uint32_t) (j * CELLS));
+                w[j] = load_word<TYPE>(s, pq_mad_wide(s.row_stride, j * CELLS, p));
             }
         } else {
 #pragma unroll
@@ -455,35 +473,42 @@ PQ_DEVICE bool cells_live(const uint8_t * mask, int64_t cell0, int n, bool by_16
     return dead == 0;
 }
 
-// Lists in order the i < n for which live(i) holds; an index below n_first is counted in *n_live_first. All threads call it; returns the count.
+// Lists in order the i < n_tile with live(true, i), then the i < n_slot with live(false, i). All threads call it. Returns how many of each.
+// bits: u32 [n_tile / 32 + n_slot / 32 + 2]
 template <int NT, class F>
-PQ_DEVICE int list_live(int n, int n_first, uint16_t * list, int * counts /* [2 * NT / 32] */, int * n_live_first, F live) {
-    const int tid = threadIdx.x, lane = tid % PQ_WARP, warp = tid / PQ_WARP;
+PQ_DEVICE int2 list_live(int n_tile, int n_slot, uint16_t * list, uint32_t * bits, F live) {
     constexpr int NW = NT / PQ_WARP;
-    int n_live = 0, n_first_live = 0;
-    for (int i0 = 0; i0 < n; i0 += NT) {
-        const int      i    = i0 + tid;
-        const bool     l    = i < n && live(i);
-        const uint32_t bits = __ballot_sync(PQ_FULL_WARP, l);
-        const uint32_t bits_first = __ballot_sync(PQ_FULL_WARP, l && i < n_first);
+    const int lane = threadIdx.x % PQ_WARP, warp = threadIdx.x / PQ_WARP;
+    const int w_tile = (n_tile + 31) / 32, w_all = w_tile + (n_slot + 31) / 32;
+#pragma unroll 2
+    for (int w = warp; w < w_all; w += NW) {
+        const bool is_tile = w < w_tile;
+        const int  i = (is_tile ? w : w - w_tile) * 32 + lane;
+        const uint32_t b = __ballot_sync(PQ_FULL_WARP, i < (is_tile ? n_tile : n_slot) && live(is_tile, i));
         if (lane == 0) {
-            counts[warp]      = __popc(bits);
-            counts[NW + warp] = __popc(bits_first);
+            bits[w] = b;
         }
-        __syncthreads();
-        int before = n_live;
-        for (int w = 0; w < NW; w++) {
-            before       += w < warp ? counts[w] : 0;
-            n_live       += counts[w];
-            n_first_live += counts[NW + w];
-        }
-        if (l) {
-            list[before + __popc(bits & ((1u << lane) - 1))] = (uint16_t) (i < n_first ? i : i - n_first);
-        }
-        __syncthreads();
     }
-    *n_live_first = n_first_live;
-    return n_live;
+    __syncthreads();
+    int tiles = 0, slots = 0;
+    for (int w = lane; w < w_all; w += PQ_WARP) {
+        const int n = __popc(bits[w]);
+        tiles += w < w_tile ? n : 0;
+        slots += w < w_tile ? 0 : n;
+    }
+    for (int w = warp; w < w_all; w += NW) {
+        int before = 0;
+        for (int x = lane; x < w; x += PQ_WARP) {
+            before += __popc(bits[x]);
+        }
+        before = __reduce_add_sync(PQ_FULL_WARP, before);
+        const uint32_t b = bits[w];
+        if (b >> lane & 1) {
+            list[before + __popc(b & ((1u << lane) - 1))] = (uint16_t) ((w < w_tile ? w : w - w_tile) * 32 + lane);
+        }
+    }
+    __syncthreads();
+    return make_int2(__reduce_add_sync(PQ_FULL_WARP, tiles), __reduce_add_sync(PQ_FULL_WARP, slots));
 }
 
 // ---- queries ----
@@ -548,146 +573,165 @@ PQ_DEVICE void map_queries(__half * qt, row_info * rows, const float * q, const 
 
 // ---- the exact tail ----
 
-// Attention of R rows over the listed slots, with raw queries, in floats. Leaves the weighted sums in o [R][D], and m and the sum of weights
-// of every row in ml [R][2]. work: float [R * TAIL_CHUNK + R]; red: float [2 * nt * R]. The first
-// nt threads of the block call it.
-template <int R>
-PQ_DEVICE void attend_tail(float * o, float * ml, float * work, float * red, const args & a, const row_info * rows, const float * q,
-                           const uint16_t * slots, int n_slots, int64_t slot0, int64_t stream, int head_kv, int nt) {
-    constexpr int AHEAD = R == 8 ? 2 : 4; // slots in flight per half warp
-    const int tid = threadIdx.x, lane = tid % PQ_WARP, warp = tid / PQ_WARP;
-    const int nw = nt / PQ_WARP;
-    const int D  = a.p.k.D;
+// Attention of R rows over the listed slots, with raw queries, in floats, by the first nt threads of the block. Half a warp takes a slot: 8
+// elements per lane (16 for L = 32). Leaves the weighted sums in o [R][D], and m and the sum of weights of every row in ml [R][2].
+// part: float [nt / 32][R][D], part_ml: float [nt / 32][R][2]
+template <int L, int R>
+PQ_DEVICE void attend_tail(float * o, float * ml, float * part, float * part_ml, const args & a, const row_info * rows, const float * q,
+                           const uint16_t * slots, int n_slots, int64_t slot0, int stream, int head_kv, int nt) {
+    constexpr int E     = L == 32 ? 2 : 1;               // 16-byte pieces per lane
+    constexpr int AHEAD = R == 8 || L == 32 ? 2 : 4;     // slots in flight per half warp
+    const int tid = threadIdx.x, lane = tid % PQ_WARP, warp = tid / PQ_WARP, nw = nt / PQ_WARP;
+    const int l = lane % 16, half = lane / 16;
+    const int D = a.p.k.D;
     const pq_attn_tail & tail = a.p.tail;
     const uint8_t * k = tail.k + stream * tail.k_stream_stride + head_kv * tail.k_head_stride + slot0 * tail.k_row_stride;
     const uint8_t * v = tail.v + stream * tail.v_stream_stride + head_kv * tail.v_head_stride + slot0 * tail.v_row_stride;
-    float * p      = work;
-    float * factor = work + R * TAIL_CHUNK; // by which sums of earlier chunks shrink
-
-    const int pairs = D / 2;
-    const int n_grp = nt / pairs;      // groups of threads that share the slots; a thread of a group has two elements
-    const int pair  = tid % pairs, grp = tid / pairs;
-    float acc[R][2];
+    // every lane does the softmax of one row, l % R
+    const row_info & mine = rows[l % R];
+    const uint16_t * mask = (const uint16_t *) mine.tail_mask + slot0;
+    float acc[R][E][8], m = -CUDART_INF_F, sum = 0.0f;
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        acc[r][0] = acc[r][1] = 0.0f;
-    }
-    if (tid < R) {
-        ml[2 * tid]     = -CUDART_INF_F;
-        ml[2 * tid + 1] = 0.0f;
-    }
-
-    for (int c0 = 0; c0 < n_slots; c0 += TAIL_CHUNK) {
-        const int n = min(TAIL_CHUNK, n_slots - c0);
-        // scores: half a warp per slot, 8 elements per lane (16 when D > 128)
-        const int l = lane % 16, half = lane / 16;
-        for (int i0 = 2 * warp; i0 < n; i0 += 2 * nw * AHEAD) {
-            uint4  x[AHEAD][2];
-            float  bias[AHEAD];
 #pragma unroll
-            for (int u = 0; u < AHEAD; u++) {
-                const int i    = min(i0 + half + 2 * nw * u, n - 1);
-                const int slot = slots[c0 + i];
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    x[u][e] = 8 * (l + 16 * e) < D ? pq_load_stream_u128(k + slot * tail.k_row_stride + 16 * (l + 16 * e)) : make_uint4(0, 0, 0, 0);
-                }
-                bias[u] = l < R ? mask_value(rows[min(l, R - 1)].tail_mask, slot0 + slot) : 0.0f;
-            }
-#pragma unroll
-            for (int u = 0; u < AHEAD; u++) {
-                float dot[R];
-#pragma unroll
-                for (int r = 0; r < R; r++) {
-                    dot[r] = 0.0f;
-                }
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    if (8 * (l + 16 * e) < D) {
-                        const float2 k0 = pq_half2_to_float2(x[u][e].x), k1 = pq_half2_to_float2(x[u][e].y);
-                        const float2 k2 = pq_half2_to_float2(x[u][e].z), k3 = pq_half2_to_float2(x[u][e].w);
-#pragma unroll
-                        for (int r = 0; r < R; r++) {
-                            const float4 a0 = *(const float4 *) (q + r * D + 8 * (l + 16 * e));
-                            const float4 a1 = *(const float4 *) (q + r * D + 8 * (l + 16 * e) + 4);
-                            dot[r] += k0.x * a0.x + k0.y * a0.y + k1.x * a0.z + k1.y * a0.w + k2.x * a1.x + k2.y * a1.y + k3.x * a1.z + k3.y * a1.w;
-                        }
-                    }
-                }
-                float s = 0.0f;
-#pragma unroll
-                for (int r = 0; r < R; r++) {
-#pragma unroll
-                    for (int off = 8; off > 0; off /= 2) {
-                        dot[r] += __shfl_xor_sync(PQ_FULL_WARP, dot[r], off);
-                    }
-                    s = l == r ? dot[r] : s;
-                }
-                const int i = i0 + half + 2 * nw * u;
-                if (l < R && i < n) {
-                    s *= a.q_scale;
-                    if (a.p.logit_softcap != 0.0f) {
-                        s = a.p.logit_softcap * LOG2E * tanhf(s / a.p.logit_softcap);
-                    }
-                    p[l * TAIL_CHUNK + i] = bias[u] == -CUDART_INF_F ? -CUDART_INF_F : s + rows[l].slope * bias[u];
-                }
-            }
+        for (int e = 0; e < E * 8; e++) {
+            acc[r][e / 8][e % 8] = 0.0f;
         }
-        pq_barrier(1, nt);
-        for (int r = warp; r < R; r += nw) {
-            float m = ml[2 * r], sum = 0.0f;
-            const float m_old = m;
-            for (int i = lane; i < n; i += PQ_WARP) {
-                m = fmaxf(m, p[r * TAIL_CHUNK + i]);
-            }
-            m = pq_warp_max(m);
-            const float ref = m == -CUDART_INF_F ? 0.0f : m;
-            for (int i = lane; i < n; i += PQ_WARP) {
-                const float w = pq_exp2(p[r * TAIL_CHUNK + i] - ref);
-                p[r * TAIL_CHUNK + i] = w;
-                sum += w;
-            }
-            sum = pq_warp_sum(sum);
-            if (lane == 0) {
-                const float f = pq_exp2(m_old - ref);
-                factor[r]     = f;
-                ml[2 * r]     = m;
-                ml[2 * r + 1] = ml[2 * r + 1] * f + sum;
-            }
-        }
-        pq_barrier(1, nt);
-        if (grp < n_grp) {
-#pragma unroll
-            for (int r = 0; r < R; r++) {
-                acc[r][0] *= factor[r];
-                acc[r][1] *= factor[r];
-            }
-#pragma unroll 8
-            for (int i = grp; i < n; i += n_grp) {
-                const float2 x = pq_half2_to_float2(pq_load_stream_u32(v + slots[c0 + i] * tail.v_row_stride + 4 * pair));
-#pragma unroll
-                for (int r = 0; r < R; r++) {
-                    acc[r][0] += p[r * TAIL_CHUNK + i] * x.x;
-                    acc[r][1] += p[r * TAIL_CHUNK + i] * x.y;
-                }
-            }
-        }
-        pq_barrier(1, nt);
     }
-
-    if (grp < n_grp) {
+    for (int i0 = 2 * warp; i0 < n_slots; i0 += 2 * nw * AHEAD) {
+        uint4    x[AHEAD][E], y[AHEAD][E];
+        uint32_t bias[AHEAD];
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++) {
+            const int slot = slots[min(i0 + half + 2 * nw * u, n_slots - 1)];
+#pragma unroll
+            for (int e = 0; e < E; e++) {
+                const int at = l + 16 * e < D / 8 ? 16 * (l + 16 * e) : 0;
+                x[u][e] = pq_load_stream_u128(k + slot * tail.k_row_stride + at);
+                y[u][e] = pq_load_stream_u128(v + slot * tail.v_row_stride + at);
+            }
+            bias[u] = pq_load_u16(mask + slot);
+        }
+        float s[AHEAD];
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            *(float2 *) (red + (grp * R + r) * D + 2 * pair) = make_float2(acc[r][0], acc[r][1]);
+            float dot[AHEAD];
+#pragma unroll
+            for (int u = 0; u < AHEAD; u++) {
+                dot[u] = 0.0f;
+            }
+#pragma unroll
+            for (int e = 0; e < E; e++) {
+                if (l + 16 * e < D / 8) {
+                    const float4 a0 = *(const float4 *) (q + r * D + 8 * (l + 16 * e));
+                    const float4 a1 = *(const float4 *) (q + r * D + 8 * (l + 16 * e) + 4);
+#pragma unroll
+                    for (int u = 0; u < AHEAD; u++) {
+                        const float2 k0 = pq_half2_to_float2(x[u][e].x), k1 = pq_half2_to_float2(x[u][e].y);
+                        const float2 k2 = pq_half2_to_float2(x[u][e].z), k3 = pq_half2_to_float2(x[u][e].w);
+                        dot[u] += k0.x * a0.x + k0.y * a0.y + k1.x * a0.z + k1.y * a0.w + k2.x * a1.x + k2.y * a1.y + k3.x * a1.z + k3.y * a1.w;
+                    }
+                }
+            }
+#pragma unroll
+            for (int off = 8; off > 0; off /= 2) {
+#pragma unroll
+                for (int u = 0; u < AHEAD; u++) {
+                    dot[u] += __shfl_xor_sync(PQ_FULL_WARP, dot[u], off);
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < AHEAD; u++) {
+                s[u] = r == 0 || l % R == r ? dot[u] : s[u];
+            }
         }
+        float m_new = m;
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++) {
+            float z = s[u] * a.q_scale;
+            if (a.p.logit_softcap != 0.0f) {
+                z = a.cap_log2e * tanhf(z * a.cap_inv);
+            }
+            const bool seen = bias[u] != 0xfc00 && i0 + half + 2 * nw * u < n_slots;
+            s[u]  = seen ? fmaf(mine.slope, __half2float(__ushort_as_half(bias[u])), z) : -CUDART_INF_F;
+            m_new = fmaxf(m_new, s[u]);
+        }
+        const float ref = m_new == -CUDART_INF_F ? 0.0f : m_new;
+        const float f   = pq_exp2(m - ref);
+        m    = m_new;
+        sum *= f;
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++) {
+            s[u] = pq_exp2(s[u] - ref);
+            sum += s[u];
+        }
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            const float fr = __shfl_sync(PQ_FULL_WARP, f, r, 16);
+#pragma unroll
+            for (int e = 0; e < E * 8; e++) {
+                acc[r][e / 8][e % 8] *= fr;
+            }
+#pragma unroll
+            for (int u = 0; u < AHEAD; u++) {
+                const float p = __shfl_sync(PQ_FULL_WARP, s[u], r, 16);
+#pragma unroll
+                for (int e = 0; e < E; e++) {
+                    const uint32_t h[4] = { y[u][e].x, y[u][e].y, y[u][e].z, y[u][e].w };
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float2 w = pq_half2_to_float2(h[i]);
+                        acc[r][e][2 * i]     = fmaf(p, w.x, acc[r][e][2 * i]);
+                        acc[r][e][2 * i + 1] = fmaf(p, w.y, acc[r][e][2 * i + 1]);
+                    }
+                }
+            }
+        }
+    }
+    // the halves of the warp
+    const float m_all = fmaxf(m, __shfl_xor_sync(PQ_FULL_WARP, m, 16));
+    const float f     = m == -CUDART_INF_F ? 0.0f : pq_exp2(m - m_all);
+    sum *= f;
+    sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 16);
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        const float fr = __shfl_sync(PQ_FULL_WARP, f, r, 16);
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                acc[r][e][i] *= fr;
+                acc[r][e][i] += __shfl_xor_sync(PQ_FULL_WARP, acc[r][e][i], 16);
+            }
+            if (half == 0 && l + 16 * e < D / 8) {
+                float * dst = part + (warp * R + r) * D + 8 * (l + 16 * e);
+                *(float4 *) dst       = make_float4(acc[r][e][0], acc[r][e][1], acc[r][e][2], acc[r][e][3]);
+                *(float4 *) (dst + 4) = make_float4(acc[r][e][4], acc[r][e][5], acc[r][e][6], acc[r][e][7]);
+            }
+        }
+    }
+    if (lane < R) {
+        *(float2 *) (part_ml + 2 * (warp * R + lane)) = make_float2(m_all, sum);
     }
     pq_barrier(1, nt);
     for (int i = tid; i < R * D; i += nt) {
-        float sum = 0.0f;
-        for (int j = 0; j < n_grp; j++) {
-            sum += red[j * R * D + i];
+        const int r = i / D;
+        float top = -CUDART_INF_F;
+        for (int w = 0; w < nw; w++) {
+            top = fmaxf(top, part_ml[2 * (w * R + r)]);
         }
-        o[i] = sum;
+        const float ref = top == -CUDART_INF_F ? 0.0f : top;
+        float x = 0.0f, total = 0.0f;
+        for (int w = 0; w < nw; w++) {
+            const float fw = pq_exp2(part_ml[2 * (w * R + r)] - ref);
+            x     += part[w * R * D + i] * fw;
+            total += part_ml[2 * (w * R + r) + 1] * fw;
+        }
+        o[i] = x;
+        if (i % D == 0) {
+            ml[2 * r]     = top;
+            ml[2 * r + 1] = total;
+        }
     }
 }
 
@@ -772,7 +816,7 @@ PQ_DEVICE void write_rows(const args & a, const row_info * rows, const float * o
         if (ot) {
             x += ot[i];
         }
-        if (v_block) {
+        if (v_block && coded != 0.0f) {
             x += ((const float *) (v_block + a.v.mu))[d] * coded;
         }
         ((float *) rows[r].dst)[d] = x * inv;
@@ -781,12 +825,12 @@ PQ_DEVICE void write_rows(const args & a, const row_info * rows, const float * o
 
 // ---- the kernels ----
 
-PQ_DEVICE row_info get_row(const args & a, int64_t stream, int head_kv, int row) {
+PQ_DEVICE row_info get_row(const args & a, int stream, int head_kv, int row) {
     row_info x;
     x.valid = row < a.n_rows;
     row = min(row, a.n_rows - 1);
-    const int64_t tok = row / a.n_group;
-    const int     h   = head_kv * a.n_group + row % a.n_group;
+    const int tok = row / a.n_group;
+    const int h   = head_kv * a.n_group + row % a.n_group;
     x.q    = a.p.q + stream * a.p.q_stream_stride + tok * a.p.q_token_stride + h * a.p.q_head_stride;
     x.mask = a.p.mask ? a.p.mask + stream % a.p.n_stream_mask * a.p.mask_stream_stride + h % a.p.n_head_mask * a.p.mask_head_stride
                             + tok * a.p.mask_token_stride : nullptr;
@@ -806,6 +850,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
     static_assert(L == 8 || L == 16 || L == 32, "a slot has whole cells");
     constexpr int NT     = n_threads(R);
     constexpr int NW     = NT / PQ_WARP;
+    constexpr int NT_TAIL = n_tail_threads(R);
     constexpr int CELLS  = PQ_WARP / L; // per slot
     constexpr int TILE   = cells_per_tile(L);
     constexpr int N_LANE_CELLS = lane_cells<L>::N;
@@ -824,55 +869,68 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
     const int row_group = b % a.n_row_groups; b /= a.n_row_groups;
     const int head_kv   = b % a.p.n_head_kv;  b /= a.p.n_head_kv;
     const int split     = b % a.n_split;      b /= a.n_split;
-    const int64_t stream = b;
+    const int stream = b;
     const int row0 = row_group * R;
 
     if ((uint32_t) __cvta_generic_to_shared(smem) != PQ_SHARED_BASE) {
         __trap(); // see PQ_SHARED_BASE
     }
+    const bool k_coded = KT == ANY_TYPE ? a.p.k.type < PQ_TYPE_COUNT : KT < PQ_TYPE_COUNT;
+    const bool v_coded = VT == ANY_TYPE ? a.p.v.type < PQ_TYPE_COUNT : VT < PQ_TYPE_COUNT;
+    const uint8_t * k_block = k_coded ? a.p.k.codebook + head_kv * a.k.head_bytes : nullptr;
+    const uint8_t * v_block = v_coded ? a.p.v.codebook + head_kv * a.v.head_bytes : nullptr;
+    if (a.prefetch) { // while the kernel before this one ends; the parts of the context share the work
+        prefetch_l2(k_block, a.k, split * NT + tid, a.n_split * NT);
+        prefetch_l2(v_block, a.v, split * NT + tid, a.n_split * NT);
+    }
     pq_pdl_wait();
 
     // ---- the rows; the tiles and tail slots that any of them sees ----
+    constexpr int Q_AHEAD = (R * 8 * L + NT - 1) / NT; // elements of the queries per thread
+    float q_ahead[Q_AHEAD];
+#pragma unroll
+    for (int u = 0; u < Q_AHEAD; u++) {
+        const int i = tid + u * NT, r = i / D, row = row0 + r;
+        const int h = head_kv * a.n_group + row % a.n_group;
+        q_ahead[u] = r < R && row < a.n_rows
+            ? __ldg((const float *) (a.p.q + stream * a.p.q_stream_stride + row / a.n_group * a.p.q_token_stride + h * a.p.q_head_stride) + i % D) : 0.0f;
+    }
     if (tid < R) {
         rows[tid] = get_row(a, stream, head_kv, row0 + tid);
-    }
-    __syncthreads();
-    for (int i = tid; i < R * D; i += NT) {
-        q_raw[i] = rows[i / D].valid ? ((const float *) rows[i / D].q)[i % D] : 0.0f;
     }
     if (D < 8 * L) {
         for (int i = tid; i < R * 8 * L; i += NT) {
             q_map[i] = __float2half_rn(0.0f); // for the lanes past D
         }
     }
+    __syncthreads();
     const int64_t kv0   = min(split * a.cells_per_split, a.p.n_kv);
     const int64_t kv1   = min(kv0 + a.cells_per_split, a.p.n_kv);
     const int64_t slot0 = min(split * a.slots_per_split, a.p.tail.n);
     const int64_t slot1 = min(slot0 + a.slots_per_split, a.p.tail.n);
-    const int n_tile_all = (int) ((kv1 - kv0 + TILE - 1) / TILE);
-    int n_tile = 0;
-    const int n_listed = list_live<NT>(n_tile_all + (int) (slot1 - slot0), n_tile_all, list, (int *) ml, &n_tile, [&](int i) {
+#pragma unroll
+    for (int u = 0; u < Q_AHEAD; u++) {
+        if (tid + u * NT < R * D) {
+            q_raw[tid + u * NT] = q_ahead[u];
+        }
+    }
+    const int2 n_live = list_live<NT>((int) ((kv1 - kv0 + TILE - 1) / TILE), (int) (slot1 - slot0), list, (uint32_t *) (smem + a.smem_bits), [&](bool is_tile, int i) {
         bool live = false;
         for (int r = 0; r < R && !live; r++) {
-            if (i < n_tile_all) {
-                if (!rows[r].mask) {
-                    live = true;
-                } else if (r == 0 || rows[r].mask != rows[r - 1].mask) {
-                    const int64_t cell0 = kv0 + (int64_t) i * TILE;
-                    live = cells_live(rows[r].mask, cell0, (int) min((int64_t) TILE, kv1 - cell0), a.mask_by_16);
+            if (!is_tile) {
+                if (r == 0 || rows[r].tail_mask != rows[r - 1].tail_mask) {
+                    live = ((const uint16_t *) rows[r].tail_mask)[slot0 + i] != 0xfc00;
                 }
-            } else if (r == 0 || rows[r].tail_mask != rows[r - 1].tail_mask) {
-                live = ((const uint16_t *) rows[r].tail_mask)[slot0 + i - n_tile_all] != 0xfc00;
+            } else if (!rows[r].mask) {
+                live = true;
+            } else if (r == 0 || rows[r].mask != rows[r - 1].mask) {
+                const int64_t cell0 = kv0 + (int64_t) i * TILE;
+                live = cells_live(rows[r].mask, cell0, (int) min((int64_t) TILE, kv1 - cell0), a.mask_by_16);
             }
         }
         return live;
     });
-    const int n_slot = n_listed - n_tile;
-
-    const bool k_coded = KT == ANY_TYPE ? a.p.k.type < PQ_TYPE_COUNT : KT < PQ_TYPE_COUNT;
-    const bool v_coded = VT == ANY_TYPE ? a.p.v.type < PQ_TYPE_COUNT : VT < PQ_TYPE_COUNT;
-    const uint8_t * k_block = k_coded ? a.p.k.codebook + head_kv * a.k.head_bytes : nullptr;
-    const uint8_t * v_block = v_coded ? a.p.v.codebook + head_kv * a.v.head_bytes : nullptr;
+    const int n_tile = n_live.x, n_slot = n_live.y;
 
     lane_side ks, vs;
     ks.data = a.p.k.data + stream * a.p.k.stream_stride + head_kv * a.p.k.head_stride;
@@ -899,7 +957,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
     for (int r = 1; r < R; r++) {
         one_mask = one_mask && rows[r].mask == rows[0].mask;
     }
-    uint16_t mask[R][N_LANE_CELLS];
+    uint32_t mask[R][N_LANE_CELLS];
     auto load_mask = [&](int tile) {
         const int n = tile_cells(tile);
 #pragma unroll
@@ -910,7 +968,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
                 if (r > 0 && one_mask) {
                     mask[r][i] = mask[0][i];
                 } else {
-                    mask[r][i] = cell >= n ? 0xfc00 : rows[r].mask ? __ldg((const uint16_t *) rows[r].mask + kv0 + (int64_t) tile * TILE + cell) : 0;
+                    mask[r][i] = cell >= n ? 0xfc00 : rows[r].mask ? pq_load_u16((const uint16_t *) rows[r].mask + kv0 + (int64_t) tile * TILE + cell) : 0;
                 }
             }
         }
@@ -924,14 +982,14 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
         }
     }
 
-    // ---- the tail by one half of the block, queries and tables by the other ----
+    // ---- the tail by some warps of the block, queries and tables by the others ----
     float * tail_o  = (float *) (smem + a.smem_tail); // [R][D]
     float * tail_ml = ml + 2 * NW * R;
     float * head    = tail_ml + 2 * R;
-    const int nt_tail = n_slot == 0 ? 0 : n_tile == 0 ? NT : NT / 2;
+    const int nt_tail = n_slot == 0 ? 0 : n_tile == 0 ? NT : NT_TAIL;
     if (tid < nt_tail) {
-        attend_tail<R>(tail_o, tail_ml, tail_o + R * D, (float *) (smem + a.smem_red), a, rows, q_raw, list + n_tile, n_slot, slot0, stream, head_kv,
-                       nt_tail);
+        attend_tail<L, R>(tail_o, tail_ml, n_tile == 0 ? (float *) smem : (float *) (smem + a.smem_tail_part), ml, a, rows, q_raw, list + n_tile, n_slot,
+                          slot0, stream, head_kv, nt_tail);
     } else if (n_tile > 0) {
         map_queries<L, R>(q_map, rows, q_raw, a.k, k_block, D, a.q_scale, k_coded, tid - nt_tail, NT - nt_tail);
         if constexpr (!TWO_PHASES) {
@@ -999,7 +1057,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
             for (int i = 0; i < N_LANE_CELLS; i++) {
                 float x = s[r][i] + q_mu;
                 if (a.p.logit_softcap != 0.0f) {
-                    x = a.p.logit_softcap * LOG2E * tanhf(x / a.p.logit_softcap);
+                    x = a.cap_log2e * tanhf(x * a.cap_inv);
                 }
                 s[r][i] = mask[r][i] == 0xfc00 ? -CUDART_INF_F : fmaf(slope, __half2float(__ushort_as_half(mask[r][i])), x);
             }
@@ -1189,7 +1247,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
                 tail_o[i] = xt;
             }
         } else if (rows[r].valid) {
-            float * record = a.partials + (((stream * a.p.n_head_kv + head_kv) * a.n_rows + row0 + r) * a.n_split + split) * a.record_floats;
+            float * record = a.partials + ((((size_t) stream * a.p.n_head_kv + head_kv) * a.n_rows + row0 + r) * a.n_split + split) * a.record_floats;
             record[4 + i % D] = x;
             if (has_tail) {
                 record[4 + D + i % D] = xt;
@@ -1217,7 +1275,7 @@ __global__ void __launch_bounds__(NT) combine_kernel(const __grid_constant__ arg
     const int tid     = threadIdx.x;
     const int D       = a.p.v.D;
     const int head_kv = blockIdx.y;
-    const int64_t stream = blockIdx.z;
+    const int stream = blockIdx.z;
     const bool has_tail  = a.p.tail.n > 0;
     const int  width     = has_tail ? 2 * D : D;
     if (tid == 0) {
@@ -1225,7 +1283,7 @@ __global__ void __launch_bounds__(NT) combine_kernel(const __grid_constant__ arg
     }
     pq_pdl_wait();
 
-    const float * records = a.partials + (((stream * a.p.n_head_kv + head_kv) * a.n_rows + blockIdx.x) * a.n_split) * a.record_floats;
+    const float * records = a.partials + ((((size_t) stream * a.p.n_head_kv + head_kv) * a.n_rows + blockIdx.x) * a.n_split) * a.record_floats;
     float m = -CUDART_INF_F;
     for (int s = 0; s < a.n_split; s++) {
         m = fmaxf(m, records[(size_t) s * a.record_floats]);

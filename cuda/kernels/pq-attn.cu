@@ -12,6 +12,7 @@ constexpr int MAX_SPLIT      = 256;
 constexpr int MAX_LIST       = 65535;  // tiles and tail slots of a block: u16 indexes
 constexpr int SPLIT_STEP     = 64;     // cells: whole tiles of every kernel
 constexpr int PROLOGUE_CELLS = 400;    // what a block does before its first cell takes as long as this many cells of one row
+constexpr int PREFETCH_CELLS = 512;    // below it a block may well see nothing but the tail, and its codebook would be read for nothing
 constexpr int COMBINE_CELLS  = 200;    // and the launch of the combine kernel, as this many
 
 int64_t div_up(int64_t a, int64_t b) {
@@ -23,12 +24,12 @@ bool is_coded(const pq_attn_side & s) {
 }
 
 struct smem_layout {
-    size_t scores, rows, q, qt, list, merge_ml, tail, red, bytes;
+    size_t scores, rows, q, qt, list, bits, merge_ml, tail, tail_part, bytes;
 };
 
 // One place for the sizes that the plan adds up and the kernel is told.
 smem_layout get_smem_layout(const pq_attn_params & p, int lanes, int R, bool two_phase, int64_t n_list, int score_tiles) {
-    const size_t NT = n_threads(R), NW = NT / PQ_WARP, D = p.k.D;
+    const size_t NW = n_threads(R) / PQ_WARP, D = p.k.D;
     const size_t k  = table_bytes(p.k.type, lanes), v = table_bytes(p.v.type, lanes);
     const size_t v_offset = v == 0 || lanes == 8 ? 0 : v_table_offset(kernel_type(p, lanes), lanes, two_phase);
     smem_layout s;
@@ -38,15 +39,16 @@ smem_layout get_smem_layout(const pq_attn_params & p, int lanes, int R, bool two
         off += (bytes + 15) / 16 * 16;
         return at;
     };
-    s.scores   = take((size_t) score_tiles * R * (lanes == 8 ? 2 : 1) * PQ_WARP * sizeof(float));
-    s.rows     = take(R * sizeof(row_info));
-    s.q        = take(R * D * sizeof(float));
-    s.qt       = take((size_t) R * 8 * lanes * sizeof(uint16_t));
-    s.list     = take(n_list * sizeof(uint16_t));
-    s.merge_ml = take((2 * NW * R + 6 * R) * sizeof(float));
-    s.tail     = p.tail.n > 0 ? take(R * (D + TAIL_CHUNK + 1) * sizeof(float)) : 0;
-    s.red      = p.tail.n > 0 ? take(2 * NT * R * sizeof(float)) : 0;
-    s.bytes    = off;
+    s.scores    = take((size_t) score_tiles * R * (lanes == 8 ? 2 : 1) * PQ_WARP * sizeof(float));
+    s.rows      = take(R * sizeof(row_info));
+    s.q         = take(R * D * sizeof(float));
+    s.qt        = take((size_t) R * 8 * lanes * sizeof(uint16_t));
+    s.list      = take(n_list * sizeof(uint16_t));
+    s.bits      = take((n_list / 32 + 2) * sizeof(uint32_t));
+    s.merge_ml  = take((2 * NW * R + 6 * R) * sizeof(float));
+    s.tail      = p.tail.n > 0 ? take(R * D * sizeof(float)) : 0;
+    s.tail_part = p.tail.n > 0 ? take(n_tail_threads(R) / PQ_WARP * R * D * sizeof(float)) : 0;
+    s.bytes     = off;
     return s;
 }
 
@@ -195,6 +197,7 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
     a.cells_per_split = plan.cells_per_split;
     a.slots_per_split = plan.slots_per_split;
     a.mask_by_16      = ((uintptr_t) p.mask | p.mask_token_stride | p.mask_head_stride | p.mask_stream_stride) % 16 == 0;
+    a.prefetch        = plan.cells_per_split >= PREFETCH_CELLS;
     a.score_tiles     = plan.score_tiles;
     a.n_head_log2     = 1;
     while (2 * a.n_head_log2 <= p.n_head) {
@@ -203,6 +206,8 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
     a.slope_log2_0  = -p.max_bias / (float) a.n_head_log2;
     a.slope_log2_1  = -p.max_bias / 2.0f / (float) a.n_head_log2;
     a.q_scale       = p.logit_softcap != 0.0f ? p.scale : p.scale * LOG2E;
+    a.cap_inv       = p.logit_softcap != 0.0f ? 1.0f / p.logit_softcap : 0.0f;
+    a.cap_log2e     = p.logit_softcap * LOG2E;
     a.partials      = (float *) scratch;
     a.record_floats = 4 + p.v.D * (p.tail.n > 0 ? 2 : 1);
     a.smem_scores   = (uint32_t) s.scores;
@@ -210,9 +215,10 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
     a.smem_q        = (uint32_t) s.q;
     a.smem_qt       = (uint32_t) s.qt;
     a.smem_list     = (uint32_t) s.list;
+    a.smem_bits     = (uint32_t) s.bits;
     a.smem_merge_ml = (uint32_t) s.merge_ml;
     a.smem_tail     = (uint32_t) s.tail;
-    a.smem_red      = (uint32_t) s.red;
+    a.smem_tail_part = (uint32_t) s.tail_part;
 
     const cudaError_t err = plan.rows_per_block == 1 ? launch<1>(a, plan, stream)
                           : plan.rows_per_block == 4 ? launch<4>(a, plan, stream)

@@ -21,8 +21,21 @@ PQ_DEVICE uint32_t pq_load_stream_u32(const uint8_t * p) {
 }
 
 PQ_DEVICE uint32_t pq_load_stream_u16(const uint8_t * p) {
-    uint16_t x;
-    asm volatile("ld.global.nc.L1::no_allocate.b16 %0, [%1];" : "=h"(x) : "l"(p));
+    uint32_t x; // a 32-bit register: joining halves would wait for the load
+    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=r"(x) : "l"(p));
+    return x;
+}
+
+PQ_DEVICE uint32_t pq_load_u16(const uint16_t * p) {
+    uint32_t x;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(x) : "l"(p));
+    return x;
+}
+
+// p + a * b in one instruction; the compiler makes two of it
+PQ_DEVICE const uint8_t * pq_mad_wide(uint32_t a, uint32_t b, const uint8_t * p) {
+    const uint8_t * x;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(x) : "r"(a), "r"(b), "l"(p));
     return x;
 }
 

@@ -7,6 +7,7 @@
 
 #include "../pq/pq-params.h"
 #include "pq-launch.cuh"
+#include "pq-mma.cuh"
 
 #include <cuda_fp16.h>
 
@@ -66,45 +67,6 @@ __device__ __forceinline__ uint4 pq_decode_lookup(const __half * table, uint32_t
     }
 }
 
-__device__ __forceinline__ void pq_decode_cp_async(void * smem, const void * global) { // 16 bytes
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    const unsigned s = (unsigned) __cvta_generic_to_shared(smem);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(s), "l"(global));
-#else
-    *(uint4 *) smem = *(const uint4 *) global;
-#endif
-}
-
-__device__ __forceinline__ void pq_decode_cp_async_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void pq_decode_ldmatrix(uint32_t (&a)[4], const __half * row) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    const unsigned s = (unsigned) __cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(s) : "memory");
-#endif
-}
-
-__device__ __forceinline__ void pq_decode_ldmatrix_trans(uint32_t (&a)[4], const __half * row) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    const unsigned s = (unsigned) __cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(s) : "memory");
-#endif
-}
-
-__device__ __forceinline__ void pq_decode_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-
 __device__ __forceinline__ void pq_decode_store(const pq_decode_args & a, int64_t row, int head, int col, const float (&x)[8]) {
     const size_t offset = row * a.p.x_row_stride + head * a.p.x_head_stride;
     if (a.x_f16) {
@@ -131,7 +93,7 @@ template <int TYPE>
 __device__ __forceinline__ void pq_decode_start_table(const pq_decode_args & a, const __half * centroids, __half * table) {
     if (a.table_in_smem) {
         for (int i = threadIdx.x; i < a.p.D * pq_decode_geom<TYPE>::KSUB / 8; i += PQ_DECODE_THREADS) {
-            pq_decode_cp_async((uint4 *) table + i, (const uint4 *) centroids + i);
+            pq_cp_async((uint4 *) table + i, (const uint4 *) centroids + i);
         }
     }
 }
@@ -151,7 +113,7 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_plain_kernel(cons
     pq_decode_start_table<TYPE>(a, centroids, table);
     pq_pdl_wait();
     pq_pdl_launch_next();
-    pq_decode_cp_async_wait();
+    pq_cp_async_wait();
     __syncthreads();
 
     const int64_t n = a.p.n_rows * n_units;
@@ -224,7 +186,7 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_kernel(const __gr
 #pragma unroll
             for (int j = 0; j < 4; j += 2) { // rows 0-7 and 8-15 of product j, then of j + 1
                 uint32_t r[4];
-                pq_decode_ldmatrix_trans(r, tile + (16 * k + lane % 16) * STRIDE + 32 * warp_n + 8 * (j + lane / 16));
+                pq_ldmatrix_trans(r, tile + (16 * k + lane % 16) * STRIDE + 32 * warp_n + 8 * (j + lane / 16));
                 b[k0 + k][j][0]     = r[0];
                 b[k0 + k][j][1]     = r[1];
                 b[k0 + k][j + 1][0] = r[2];
@@ -265,7 +227,7 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_kernel(const __gr
         c[i] = 0; // rows past the end decode code 0 and are not stored
     }
     load_codes(row0);
-    pq_decode_cp_async_wait();
+    pq_cp_async_wait();
 
     for (; row0 < a.p.n_rows; row0 += step) {
         __syncthreads(); // the tile is free, and at first the table is there
@@ -290,10 +252,10 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_kernel(const __gr
             for (int k = 0; k < KS; k++) {
                 if (k < n_k) {
                     uint32_t y[4];
-                    pq_decode_ldmatrix(y, tile + (row + lane % 16) * STRIDE + 16 * k + lane / 16 * 8);
+                    pq_ldmatrix(y, tile + (row + lane % 16) * STRIDE + 16 * k + lane / 16 * 8);
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        pq_decode_mma(acc[j], y, b[k][j][0], b[k][j][1]);
+                        pq_mma_k16(acc[j], y, b[k][j][0], b[k][j][1], acc[j]);
                     }
                 }
             }

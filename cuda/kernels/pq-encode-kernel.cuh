@@ -7,6 +7,7 @@
 
 #include "../pq/pq-params.h"
 #include "pq-launch.cuh"
+#include "pq-mma.cuh"
 
 #include <cuda_fp16.h>
 
@@ -241,174 +242,504 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS) pq_encode_few_kernel(const 
 }
 
 // ---- many rows (prefill): throughput counts ----
+//
+// Both products run on tensor cores. y = x T - mu T: x and T are f16, so products are exact and only sums round. Half the squared
+// distance to a centroid is one row of a product, too: |y|^2 / 2 - y.c + |c|^2 / 2, with y and |c|^2 / 2 each split in two
+// halves (22 bits). A lane keeps the smallest of each 16 centroids; the 16 that hold the smallest of all are then looked at one by
+// one. That is not yet the CPU's code: its y is one chain of roundings, and distances round too. So the winner counts only
+// when every other centroid is further away than these differences can make up for; the few elements where two are closer
+// (about one in a thousand) are computed again, exactly as in pq_encode_few.
 
-constexpr int PQ_ENCODE_TILE_ROWS = 128; // 4 rows per lane in the search, so that one load of a centroid serves 4 distances
-constexpr int PQ_ENCODE_TILE_K    = 32;  // elements of x in shared memory at a time
+constexpr int PQ_ENCODE_SCALE_BITS = 6;    // centroids are scaled so that their largest element is in [2^6, 2^7)
+constexpr float PQ_ENCODE_MAX_Y    = 8192; // scaled; beyond it sums could leave the range of f16, and the element is computed exactly
 
+template <int D_STEPS /* steps of 16 elements: D <= 16 * D_STEPS */>
 struct pq_encode_tile_smem {
-    union { // the search begins when the transform is done
-        struct {
-            float x[PQ_ENCODE_TILE_K][PQ_ENCODE_TILE_ROWS];
-            float T[PQ_ENCODE_TILE_K][PQ_ENCODE_STRIP];
-        };
-        float y[PQ_ENCODE_TILE_ROWS][PQ_ENCODE_STRIP + 1]; // + 1: the rows of a warp lie in 32 banks
-    };
-    uint4   centroids[PQ_ENCODE_STRIP * PQ_MAX_KSUB / 8]; // f16 [NSUB][KSUB][DSUB]
-    uint8_t codes[PQ_ENCODE_TILE_ROWS][PQ_ENCODE_STRIP / 2];
+    static constexpr int ROWS   = D_STEPS <= 8 ? 128 : 64; // two blocks per multiprocessor
+    static constexpr int STRIDE = 16 * D_STEPS + 8;        // + 8: the 8 rows of a matrix load lie in different banks
+
+    __half   x[ROWS][STRIDE];
+    __half   T[16 * D_STEPS][PQ_ENCODE_STRIP + 8];
+    float    y[ROWS][PQ_ENCODE_STRIP + 1];                // + 1: rows of a warp lie in different banks
+    uint4    centroids[PQ_ENCODE_STRIP * PQ_MAX_KSUB / 8]; // f16 [NSUB][KSUB][DSUB]
+    float    mu[16 * D_STEPS];
+    float    mu_T[PQ_ENCODE_STRIP];
+    float    norm2_x[ROWS];                               // |x|^2
+    float    column_norm2[PQ_ENCODE_STRIP];               // of T
+    float    column_norm, norm_mu;                        // largest |column of T| of the strip, |mu|
+    uint8_t  codes[ROWS][PQ_ENCODE_STRIP / 2];
+    uint32_t unsure[ROWS * PQ_ENCODE_STRIP / 2 / 32];     // bit row * NSUB + subspace: this code must be computed exactly
 };
 
-// y of the tile: each thread has 4 rows and 4 elements
-__device__ __forceinline__ void pq_encode_tile_transform(const pq_encode_params & p, const pq_encode_head & h, int head, int col0,
-                                                         int n_cols, int64_t row0, int n_rows, pq_encode_tile_smem & s) {
+// What of a strip does not depend on x.
+template <int TYPE, int D_STEPS>
+__device__ __forceinline__ void pq_encode_tile_begin(const pq_encode_params & p, const pq_encode_head & h, int col0, int n_cols,
+                                                     pq_encode_tile_smem<D_STEPS> & s) {
+    typedef pq_encode_geom<TYPE> G;
     const int tid = threadIdx.x;
     const int D   = p.D;
-    const int r4  = tid / (PQ_ENCODE_STRIP / 4) * 4;
-    const int j4  = tid % (PQ_ENCODE_STRIP / 4) * 4;
-    float y[4][4] = {};
-    for (int k0 = 0; k0 < D; k0 += PQ_ENCODE_TILE_K) {
-        const int n_k = min(PQ_ENCODE_TILE_K, D - k0);
-        // lanes of a warp take different rows: the writes below are free of bank conflicts, and the rest of the sectors that
-        // a load touches serves the next three loads
-        for (int i = tid; i < PQ_ENCODE_TILE_ROWS * PQ_ENCODE_TILE_K / 4; i += PQ_ENCODE_THREADS) {
-            const int r = i % PQ_ENCODE_TILE_ROWS;
-            const int k = i / PQ_ENCODE_TILE_ROWS * 4;
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                float x = 0.0f;
-                if (r < n_rows && k < n_k) {
-                    const __half x16 = pq_encode_load_x(p, row0 + r, head, k0 + k + e);
-                    x = __fsub_rn(__half2float(x16), __ldg(h.mu + k0 + k + e));
-                    if (p.tail && k0 + k + e >= col0 && k0 + k + e < col0 + n_cols) {
-                        pq_encode_store_tail(p, head, k0 + k + e, row0 + r, x16);
-                    }
-                }
-                s.x[k + e][r] = x;
-            }
-        }
-        if (h.T) {
-            for (int i = tid; i < n_k * PQ_ENCODE_STRIP; i += PQ_ENCODE_THREADS) {
-                const int k = i / PQ_ENCODE_STRIP;
-                const int j = i % PQ_ENCODE_STRIP;
-                s.T[k][j] = j < n_cols ? __half2float(__ldg(h.T + (size_t) (k0 + k) * D + col0 + j)) : 0.0f;
-            }
-        }
-        __syncthreads();
-        if (h.T) {
-#pragma unroll 8
-            for (int k = 0; k < n_k; k++) {
-                const float4 a = *(const float4 *) &s.x[k][r4];
-                const float4 b = *(const float4 *) &s.T[k][j4];
-                const float  av[4] = { a.x, a.y, a.z, a.w };
-                const float  bv[4] = { b.x, b.y, b.z, b.w };
-#pragma unroll
-                for (int r = 0; r < 4; r++) {
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        y[r][j] = __fmaf_rn(av[r], bv[j], y[r][j]);
-                    }
-                }
-            }
-        } else if (k0 <= col0 && col0 < k0 + PQ_ENCODE_TILE_K) {
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    y[r][j] = s.x[j4 + j][r4 + r]; // strips and tiles are both 32 wide: they coincide
-                }
-            }
-        }
-        __syncthreads();
+    for (int i = tid; i < n_cols * G::KSUB / 8; i += PQ_ENCODE_THREADS) {
+        pq_cp_async(&s.centroids[i], (const uint4 *) (h.centroids + (size_t) col0 * G::KSUB) + i);
     }
-    static_assert(PQ_ENCODE_STRIP == PQ_ENCODE_TILE_K, "without a transform, the strip is one tile of x");
+    for (int i = tid; i < D; i += PQ_ENCODE_THREADS) {
+        s.mu[i] = __ldg(h.mu + i);
+    }
+    if (h.T) {
+        for (int i = tid; i < 16 * D_STEPS * (PQ_ENCODE_STRIP / 8); i += PQ_ENCODE_THREADS) {
+            const int k = i / (PQ_ENCODE_STRIP / 8);
+            const int j = i % (PQ_ENCODE_STRIP / 8) * 8;
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (k < D && j < n_cols) {
+                v = __ldg((const uint4 *) (h.T + (size_t) k * D + col0 + j));
+            }
+            *(uint4 *) &s.T[k][j] = v;
+        }
+    }
+    pq_cp_async_wait();
+    __syncthreads();
+    if (h.T) { // 8 threads per column
+        const int j = tid / 8;
+        float sum = 0.0f, norm2 = 0.0f;
+        for (int k = tid % 8; k < D; k += 8) {
+            const float t = __half2float(s.T[k][j]);
+            sum   += s.mu[k] * t;
+            norm2 += t * t;
+        }
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            s.y[r4 + r][j4 + j] = y[r][j];
+        for (int o = 4; o > 0; o /= 2) {
+            sum   += __shfl_xor_sync(0xffffffff, sum,   o);
+            norm2 += __shfl_xor_sync(0xffffffff, norm2, o);
+        }
+        if (tid % 8 == 0) {
+            s.mu_T[j]         = sum;
+            s.column_norm2[j] = norm2;
         }
     }
 }
 
-template <int TYPE>
-__device__ void pq_encode_tile(const pq_encode_side & side, int head, int col0, int64_t row0, pq_encode_tile_smem & s) {
-    typedef pq_encode_geom<TYPE> G;
-    constexpr int NSUB = PQ_ENCODE_STRIP / G::DSUB;
-    constexpr int PER  = 8 / G::DSUB; // centroids of a 16-byte load
-    constexpr int R    = PQ_ENCODE_TILE_ROWS / 32;
+// x of a tile to shared memory as f16, and to the tail
+template <int D_STEPS>
+__device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, int head, int col0, int n_cols, int64_t row0, int n_rows,
+                                                    pq_encode_tile_smem<D_STEPS> & s) {
+    constexpr int PIECES = 2 * D_STEPS; // of 8 elements
+    for (int i = threadIdx.x; i < s.ROWS * PIECES; i += PQ_ENCODE_THREADS) {
+        const int r = i / PIECES;
+        const int k = i % PIECES * 8;
+        union { uint4 u; __half2 h[4]; } v;
+        v.u = make_uint4(0, 0, 0, 0);
+        if (r < n_rows && k < p.D) {
+            const uint8_t * x = (const uint8_t *) p.x + (row0 + r) * p.x_row_stride + head * p.x_head_stride;
+            if (p.x_f16) {
+                v.u = *(const uint4 *) (x + k * sizeof(__half));
+            } else {
+                const float4 a = *(const float4 *) (x + k * sizeof(float));
+                const float4 b = *(const float4 *) (x + k * sizeof(float) + sizeof(float4));
+                v.h[0] = __floats2half2_rn(a.x, a.y);
+                v.h[1] = __floats2half2_rn(a.z, a.w);
+                v.h[2] = __floats2half2_rn(b.x, b.y);
+                v.h[3] = __floats2half2_rn(b.z, b.w);
+            }
+            if (p.tail && k >= col0 && k < col0 + n_cols) {
+                const int64_t slot = p.tail_idx[row0 + r];
+                if (slot >= 0) {
+                    *(uint4 *) (p.tail + slot * p.tail_row_stride + ((int64_t) head * p.D + k) * sizeof(__half)) = v.u;
+                }
+            }
+        }
+        *(uint4 *) &s.x[r][k] = v.u;
+        float norm2 = 0.0f;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float2 f = __half22float2(v.h[e]);
+            norm2 += f.x * f.x + f.y * f.y;
+        }
+        constexpr int LANES = PIECES < 32 ? PIECES : 32; // 8, 16 or 32: a row never straddles more
+#pragma unroll
+        for (int o = LANES / 2; o > 0; o /= 2) {
+            norm2 += __shfl_xor_sync(0xffffffff, norm2, o);
+        }
+        if (i % LANES == 0) {
+            s.norm2_x[r] = norm2;
+        }
+    }
+    for (int i = threadIdx.x; i < s.ROWS * PQ_ENCODE_STRIP / 2 / 32; i += PQ_ENCODE_THREADS) {
+        s.unsure[i] = 0;
+    }
+}
 
-    const pq_encode_params & p = side.p;
+// y of a tile: 16 rows and 16 elements of the strip at a time
+template <int D_STEPS>
+__device__ __forceinline__ void pq_encode_tile_transform(const pq_encode_params & p, const pq_encode_head & h, int col0,
+                                                         pq_encode_tile_smem<D_STEPS> & s) {
+    if (!h.T) {
+        for (int i = threadIdx.x; i < s.ROWS * PQ_ENCODE_STRIP; i += PQ_ENCODE_THREADS) {
+            const int r = i / PQ_ENCODE_STRIP;
+            const int j = i % PQ_ENCODE_STRIP;
+            if (col0 + j < p.D) {
+                s.y[r][j] = __fsub_rn(__half2float(s.x[r][col0 + j]), s.mu[col0 + j]);
+            }
+        }
+        return;
+    }
+    const int lane = threadIdx.x % 32;
+    const int n_k  = (p.D + 15) / 16;
+    for (int unit = threadIdx.x / 32; unit < s.ROWS / 16 * 2; unit += PQ_ENCODE_THREADS / 32) {
+        const int row = unit / 2 * 16;
+        const int col = unit % 2 * 16;
+        float y[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < D_STEPS; k++) {
+            if (k < n_k) {
+                uint32_t a[4], b[4];
+                pq_ldmatrix(a, &s.x[row + lane % 16][16 * k + lane / 16 * 8]);
+                pq_ldmatrix_trans(b, &s.T[16 * k + lane % 16][col + lane / 16 * 8]);
+                pq_mma_k16(y[0], a, b[0], b[1], y[0]);
+                pq_mma_k16(y[1], a, b[2], b[3], y[1]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int r = row + lane / 4 + 8 * (i / 2);
+                const int c = col + 8 * j + 2 * (lane % 4) + i % 2;
+                s.y[r][c] = y[j][i] - s.mu_T[c];
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ int pq_min3(int a, int b, int c) {
+    return __vimin3_s32(a, b, c);
+}
+
+// best <- the smaller, second <- the second smallest of both
+__device__ __forceinline__ void pq_merge_best(int & best, int & second, int best_b, int second_b) {
+    second = pq_min3(second, second_b, max(best, best_b));
+    best   = min(best, best_b);
+}
+
+// The search's side of a subspace: centroids as an operand of the product, one register (two for DSUB 4) per 8 of them
+template <int TYPE>
+struct pq_encode_operand {
+    typedef pq_encode_geom<TYPE> G;
+    static constexpr int N  = G::KSUB / 8;
+    static constexpr int KR = G::DSUB == 2 ? 1 : 2;
+    uint32_t b[N][KR];
+    float    scale; // power of two
+
+    __device__ __forceinline__ void load(const __half * centroids /* [KSUB][DSUB] */, int lane) {
+        float largest = 0.0f;
+        for (int i = lane; i < G::KSUB * G::DSUB; i += 32) {
+            largest = fmaxf(largest, fabsf(__half2float(centroids[i])));
+        }
+#pragma unroll
+        for (int o = 16; o > 0; o /= 2) {
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, o));
+        }
+        scale = largest > 0.0f ? ldexpf(1.0f, PQ_ENCODE_SCALE_BITS - ilogbf(largest)) : 1.0f;
+
+        const int g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const __half * c = centroids + (8 * i + g) * G::DSUB;
+            float element = 0.0f, norm2 = 0.0f;
+#pragma unroll
+            for (int e = 0; e < G::DSUB; e++) {
+                const float v = __half2float(c[e]) * scale;
+                norm2  += v * v;
+                element = e == t ? v : element;
+            }
+            const __half2 minus = __half2half2(__float2half_rn(-element));
+            const float   half_norm2 = 0.5f * norm2;
+            const __half  high = __float2half_rn(half_norm2);
+            const __half2 norm = __halves2half2(high, __float2half_rn(half_norm2 - __half2float(high)));
+            // rows 2t and 2t + 1 of the operand: -c[t] meets the two halves of y[t]; |c|^2 / 2 meets ones
+            if (G::DSUB == 2) {
+                b[i][0] = t < 2 ? bits(minus) : t == 2 ? bits(norm) : 0;
+            } else {
+                b[i][0] = bits(minus);
+                b[i][KR - 1] = t == 0 ? bits(norm) : 0;
+            }
+        }
+    }
+
+    static __device__ __forceinline__ uint32_t bits(__half2 h) {
+        uint32_t u;
+        memcpy(&u, &h, 4);
+        return u;
+    }
+};
+
+// y, scaled, as the other operand
+__device__ __forceinline__ uint32_t pq_encode_split(float y) {
+    const __half high = __float2half_rn(y);
+    const __half2 h = __halves2half2(high, __float2half_rn(y - __half2float(high)));
+    uint32_t u;
+    memcpy(&u, &h, 4);
+    return u;
+}
+
+// Codes of 16 rows and one subspace.
+template <int TYPE, int D_STEPS>
+__device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TYPE> & op, int row0, int n_rows, int sub,
+                                                      pq_encode_tile_smem<D_STEPS> & s) {
+    typedef pq_encode_geom<TYPE> G;
+    constexpr int DSUB   = G::DSUB;
+    constexpr int NSUB   = PQ_ENCODE_STRIP / DSUB;
+    constexpr int GROUPS = 4;                        // per lane; with 4 lanes of a row, 16 groups
+    constexpr int PER    = pq_encode_operand<TYPE>::N / GROUPS; // products per group: 2 * PER centroids
+    const int lane = threadIdx.x % 32;
+    const int g = lane / 4, t = lane % 4;
+
+    float    start[2], offset[2];
+    uint32_t a[4] = { 0, 0, 0, 0 };
+#pragma unroll
+    for (int r = 0; r < 2; r++) { // rows g and g + 8
+        float n2 = 0.0f, mine = 0.0f;
+#pragma unroll
+        for (int e = 0; e < DSUB; e++) {
+            const float v = s.y[row0 + g + 8 * r][sub * DSUB + e] * op.scale;
+            n2  += v * v;
+            mine = e == t ? v : mine;
+        }
+        // sums stay positive in spite of their rounding, so that they compare like integers
+        offset[r] = n2 * (1.0f / 1024) + 1.0f / 64;
+        start[r]  = 0.5f * n2 + offset[r];
+        const uint32_t ones = 0x3c003c00;
+        if (DSUB == 2) {
+            a[r] = t < 2 ? pq_encode_split(mine) : ones;
+        } else {
+            a[r]     = pq_encode_split(mine);
+            a[2 + r] = ones;
+        }
+    }
+    const float c[4] = { start[0], start[0], start[1], start[1] };
+
+    int best[2], second[2];
+    {
+        int key[2][GROUPS];
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+            int m[2];
+#pragma unroll
+            for (int i = 0; i < PER; i++) {
+                float d[4];
+                if constexpr (DSUB == 2) {
+                    pq_mma_k8(d, a[0], a[1], op.b[group * PER + i][0], c);
+                } else {
+                    pq_mma_k16(d, a, op.b[group * PER + i][0], op.b[group * PER + i][1], c);
+                }
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const int d0 = __float_as_int(d[2 * r]), d1 = __float_as_int(d[2 * r + 1]);
+                    m[r] = i == 0 ? min(d0, d1) : pq_min3(m[r], d0, d1);
+                }
+            }
+            // the lowest bits name the group
+            key[0][group] = (m[0] & ~15) | group * 4 | t;
+            key[1][group] = (m[1] & ~15) | group * 4 | t;
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int hi0 = max(key[r][0], key[r][1]), hi1 = max(key[r][2], key[r][3]);
+            best[r]   = min(key[r][0], key[r][1]);
+            second[r] = hi0;
+            pq_merge_best(best[r], second[r], min(key[r][2], key[r][3]), hi1);
+#pragma unroll
+            for (int o = 1; o < 4; o *= 2) {
+                const int best_b   = __shfl_xor_sync(0xffffffff, best[r],   o);
+                const int second_b = __shfl_xor_sync(0xffffffff, second[r], o);
+                pq_merge_best(best[r], second[r], best_b, second_b);
+            }
+        }
+    }
+
+    // Lanes 0, 1 of a row's four take row g, lanes 2, 3 row g + 8; each of them half of the winning group.
+    const int  r        = t / 2;
+    const int  e        = t % 2;
+    const int  tag      = (r ? best[1] : best[0]) & 15;
+    const int  row      = row0 + g + 8 * r;
+    const int  first    = tag / 4 * (8 * PER) + tag % 4 * 2 + e; // the group's centroids: first, first + 8, first + 16, ...
+    float      y_r[DSUB];
+#pragma unroll
+    for (int i = 0; i < DSUB; i++) {
+        y_r[i] = s.y[row][sub * DSUB + i];
+    }
+    const __half * centroids = (const __half *) s.centroids + sub * G::KSUB * DSUB;
+    int near = 0x7fffffff, near2 = 0x7fffffff;
+#pragma unroll
+    for (int i = 0; i < PER; i++) {
+        const int k = (i + g) % PER; // rows of a warp read from different banks
+        const __half2 * cc = (const __half2 *) (centroids + (first + 8 * k) * DSUB);
+        float d = 0.0f;
+#pragma unroll
+        for (int j = 0; j < DSUB; j += 2) {
+            const float2 f  = __half22float2(cc[j / 2]);
+            const float  d0 = y_r[j] - f.x, d1 = y_r[j + 1] - f.y;
+            d += d0 * d0 + d1 * d1;
+        }
+        const int key = (__float_as_int(d) & ~15) | k * 2 | e;
+        near2 = min(near2, max(near, key));
+        near  = min(near, key);
+    }
+    const int near_b  = __shfl_xor_sync(0xffffffff, near,  1);
+    const int near2_b = __shfl_xor_sync(0xffffffff, near2, 1);
+    pq_merge_best(near, near2, near_b, near2_b);
+
+    if (e == 0 && row < n_rows) {
+        const float n2      = (r ? offset[1] : offset[0]) * 1024; // of scaled y, and a little more
+        const float inv2    = 1.0f / (op.scale * op.scale);
+        const float d       = __int_as_float(near & ~15);
+        const float d_near2 = __int_as_float(near2 & ~15);
+        const float d_other = 2.0f * (__int_as_float((r ? second[1] : second[0]) & ~15) - (r ? offset[1] : offset[0])) * inv2;
+        // y may differ from the CPU's by this much per element; products of 128 terms were seen to differ by a fourth of it
+        const float eps_y   = 0x1p-20f * (sqrtf(s.norm2_x[row]) + s.norm_mu) * s.column_norm;
+        const float move    = 4.0f * (DSUB == 2 ? 1.4143f : 2.0f) * eps_y; // of a squared distance, per distance
+        const float d_max   = fmaxf(d_other, 0.0f);
+        const bool  sure    =
+            d_near2 - d > move * sqrtf(d_near2) + 0x1p-17f * d_near2 &&
+            d_other - d > move * sqrtf(d_max)   + 0x1p-17f * d_max + (0x1p-17f * n2 + 1.0f / 1024) * inv2 &&
+            n2 < PQ_ENCODE_MAX_Y * PQ_ENCODE_MAX_Y;
+        const int   code    = tag / 4 * (8 * PER) + (near & 15) / 2 * 8 + tag % 4 * 2 + (near & 1);
+        (&s.codes[0][0])[row * NSUB + sub] = (uint8_t) code;
+        if (!sure) { // NaN comes here, too
+            atomicOr(&s.unsure[(row * NSUB + sub) / 32], 1u << ((row * NSUB + sub) % 32));
+        }
+    }
+}
+
+// One code, by a warp, in the order of operations of the CPU
+template <int TYPE, int D_STEPS>
+__device__ __forceinline__ void pq_encode_tile_exact(const pq_encode_params & p, const pq_encode_head & h, int col0, int row, int sub,
+                                                     pq_encode_tile_smem<D_STEPS> & s) {
+    typedef pq_encode_geom<TYPE> G;
+    const int lane = threadIdx.x % 32;
+    const int j    = sub * G::DSUB + lane % G::DSUB;
+    float y_j = 0.0f;
+    if (h.T) {
+        for (int k = 0; k < p.D; k++) {
+            y_j = __fmaf_rn(__fsub_rn(__half2float(s.x[row][k]), s.mu[k]), __half2float(s.T[k][j]), y_j);
+        }
+    } else {
+        y_j = __fsub_rn(__half2float(s.x[row][col0 + j]), s.mu[col0 + j]);
+    }
+    float y[G::DSUB];
+#pragma unroll
+    for (int e = 0; e < G::DSUB; e++) {
+        y[e] = __shfl_sync(0xffffffff, y_j, e);
+    }
+    const __half * centroids = (const __half *) s.centroids + sub * G::KSUB * G::DSUB;
+    float best  = INFINITY;
+    int   index = 0;
+    for (int i = lane; i < G::KSUB; i += 32) {
+        float c[G::DSUB];
+#pragma unroll
+        for (int e = 0; e < G::DSUB; e++) {
+            c[e] = __half2float(centroids[i * G::DSUB + e]);
+        }
+        const float d = pq_encode_distance<G::DSUB>(y, c);
+        if (d < best) {
+            best  = d;
+            index = i;
+        }
+    }
+#pragma unroll
+    for (int o = 16; o > 0; o /= 2) {
+        const float other_best  = __shfl_xor_sync(0xffffffff, best,  o);
+        const int   other_index = __shfl_xor_sync(0xffffffff, index, o);
+        if (other_best < best || (other_best == best && other_index < index)) {
+            best  = other_best;
+            index = other_index;
+        }
+    }
+    if (lane == 0) {
+        (&s.codes[0][0])[row * (PQ_ENCODE_STRIP / G::DSUB) + sub] = (uint8_t) index;
+    }
+}
+
+// grid: (heads of all sides, strips, parts of the rows). Dynamic shared memory: pq_encode_tile_smem
+template <int TYPE, int D_STEPS>
+__global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(const __grid_constant__ pq_encode_sides sides) {
+    typedef pq_encode_geom<TYPE> G;
+    constexpr int NSUB  = PQ_ENCODE_STRIP / G::DSUB;
+    constexpr int WARPS = PQ_ENCODE_THREADS / 32;
+    constexpr int SUBS  = NSUB / WARPS; // subspaces of a warp
+    extern __shared__ __align__(16) uint8_t pq_encode_smem[];
+    pq_encode_tile_smem<D_STEPS> & s = *(pq_encode_tile_smem<D_STEPS> *) pq_encode_smem;
+
+    const int    n_head_0 = sides.side[0].p.n_head_kv;
+    const bool   second   = (int) blockIdx.x >= n_head_0;
+    const int    head     = blockIdx.x - (second ? n_head_0 : 0);
+    const pq_encode_side   & side = sides.side[second];
+    const pq_encode_params & p    = side.p;
+    const int64_t step   = (int64_t) gridDim.z * s.ROWS;
+    const int     col0   = blockIdx.y * PQ_ENCODE_STRIP;
+    int64_t       row0   = (int64_t) blockIdx.z * s.ROWS;
+    if (col0 >= p.D || row0 >= p.n_rows) {
+        return; // the other side has more
+    }
     const int tid    = threadIdx.x;
+    const int warp   = tid / 32;
     const int n_cols = min(PQ_ENCODE_STRIP, p.D - col0);
-    const int n_rows = (int) min((int64_t) PQ_ENCODE_TILE_ROWS, p.n_rows - row0);
     const pq_encode_head h = pq_encode_get_head(side, head);
 
-    for (int i = tid; i < n_cols * G::KSUB / 8; i += PQ_ENCODE_THREADS) {
-        s.centroids[i] = __ldg((const uint4 *) (h.centroids + (size_t) col0 * G::KSUB) + i);
+    pq_encode_tile_begin<TYPE>(p, h, col0, n_cols, s);
+    __syncthreads();
+
+    pq_encode_operand<TYPE> op[SUBS];
+#pragma unroll
+    for (int i = 0; i < SUBS; i++) {
+        const int sub = warp + i * WARPS;
+        if (sub * G::DSUB < n_cols) {
+            op[i].load((const __half *) s.centroids + sub * G::KSUB * G::DSUB, tid % 32);
+        }
+    }
+    if (warp == 0) { // how far y can be from the CPU's; without a transform it is the same
+        float mu2 = 0.0f;
+        for (int k = tid; k < p.D; k += 32) {
+            mu2 += s.mu[k] * s.mu[k];
+        }
+        float column2 = h.T ? s.column_norm2[tid] : 0.0f;
+#pragma unroll
+        for (int o = 16; o > 0; o /= 2) {
+            mu2    += __shfl_xor_sync(0xffffffff, mu2, o);
+            column2 = fmaxf(column2, __shfl_xor_sync(0xffffffff, column2, o));
+        }
+        if (tid == 0) {
+            s.norm_mu     = sqrtf(mu2);
+            s.column_norm = sqrtf(column2);
+        }
     }
     pq_pdl_wait();
     pq_pdl_launch_next();
 
-    pq_encode_tile_transform(p, h, head, col0, n_cols, row0, n_rows, s);
-    __syncthreads();
-
-    const int lane = tid % 32;
-    for (int sub = tid / 32; sub * G::DSUB < n_cols; sub += PQ_ENCODE_THREADS / 32) {
-        float y[R][G::DSUB], best[R];
-        int   index[R];
+    for (; row0 < p.n_rows; row0 += step) {
+        const int n_rows = (int) min((int64_t) s.ROWS, p.n_rows - row0);
+        pq_encode_tile_load(p, head, col0, n_cols, row0, n_rows, s);
+        __syncthreads();
+        pq_encode_tile_transform(p, h, col0, s);
+        __syncthreads();
+        for (int row = 0; row < n_rows; row += 16) {
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-            best[r]  = INFINITY;
-            index[r] = 0;
-#pragma unroll
-            for (int e = 0; e < G::DSUB; e++) {
-                y[r][e] = s.y[r * 32 + lane][sub * G::DSUB + e];
-            }
-        }
-        const uint4 * centroids = s.centroids + sub * (G::KSUB / PER);
-#pragma unroll 2
-        for (int i = 0; i < G::KSUB / PER; i++) {
-            const uint4    load = centroids[i];
-            const __half * c8   = (const __half *) &load;
-#pragma unroll
-            for (int j = 0; j < PER; j++) {
-                float c[G::DSUB];
-#pragma unroll
-                for (int e = 0; e < G::DSUB; e++) {
-                    c[e] = __half2float(c8[j * G::DSUB + e]);
-                }
-#pragma unroll
-                for (int r = 0; r < R; r++) {
-                    const float d = pq_encode_distance<G::DSUB>(y[r], c);
-                    if (d < best[r]) {
-                        best[r]  = d;
-                        index[r] = i * PER + j;
-                    }
+            for (int i = 0; i < SUBS; i++) {
+                const int sub = warp + i * WARPS;
+                if (sub * G::DSUB < n_cols) {
+                    pq_encode_tile_search<TYPE>(op[i], row, n_rows, sub, s);
                 }
             }
         }
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-            (&s.codes[0][0])[(r * 32 + lane) * NSUB + sub] = (uint8_t) index[r];
+        __syncthreads();
+        for (int i = warp; i < s.ROWS * NSUB / 32; i += WARPS) {
+            for (uint32_t left = s.unsure[i]; left != 0; left &= left - 1) {
+                const int j = i * 32 + __ffs(left) - 1;
+                pq_encode_tile_exact<TYPE>(p, h, col0, j / NSUB, j % NSUB, s);
+            }
         }
+        __syncthreads();
+        pq_encode_store<TYPE>(side, head, col0, n_cols, row0, n_rows, &s.codes[0][0]);
+        __syncthreads(); // codes and x are free
     }
-    __syncthreads();
-    pq_encode_store<TYPE>(side, head, col0, n_cols, row0, n_rows, &s.codes[0][0]);
-}
-
-// grid: (heads of all sides, strips, rows / 128)
-template <int TYPE>
-__global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(const __grid_constant__ pq_encode_sides sides) {
-    __shared__ __align__(16) pq_encode_tile_smem smem;
-    const int    n_head_0 = sides.side[0].p.n_head_kv;
-    const bool   second   = (int) blockIdx.x >= n_head_0;
-    const int    head     = blockIdx.x - (second ? n_head_0 : 0);
-    const pq_encode_side & side = sides.side[second];
-    const int     col0 = blockIdx.y * PQ_ENCODE_STRIP;
-    const int64_t row0 = (int64_t) blockIdx.z * PQ_ENCODE_TILE_ROWS;
-    if (col0 >= side.p.D || row0 >= side.p.n_rows) {
-        return; // the other side has more
-    }
-    pq_encode_tile<TYPE>(side, head, col0, row0, smem);
 }
 
 } // namespace

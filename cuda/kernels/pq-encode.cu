@@ -3,14 +3,27 @@
 
 #include <algorithm>
 
-static cudaError_t launch_tile(const pq_encode_sides & sides, int n_heads, int n_strips, int64_t n_rows, cudaStream_t stream) {
-    const dim3 grid(n_heads, n_strips, (unsigned) ((n_rows + PQ_ENCODE_TILE_ROWS - 1) / PQ_ENCODE_TILE_ROWS));
+// The tile kernel works in tiles of 64 or 128 rows: up to here it would mostly idle.
+static constexpr int64_t MAX_FEW_ROWS = 32;
+
+template <int D_STEPS>
+static cudaError_t launch_tile(const pq_encode_sides & sides, int n_heads, int n_strips, int64_t n_rows, int n_sm, cudaStream_t stream) {
+    typedef pq_encode_tile_smem<D_STEPS> smem;
+    // Two blocks per multiprocessor. A block that takes several tiles loads its part of the codebook once.
+    const int64_t n_tiles = (n_rows + smem::ROWS - 1) / smem::ROWS;
+    const int64_t n_parts = std::min<int64_t>(n_tiles, (2 * n_sm + n_heads * n_strips - 1) / (n_heads * n_strips));
+    const dim3 grid(n_heads, n_strips, (unsigned) n_parts);
     switch (sides.side[0].p.type) {
-        case PQ_TYPE_PQ4: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ4>, grid, PQ_ENCODE_THREADS, 0, stream, sides);
-        case PQ_TYPE_PQ3: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ3>, grid, PQ_ENCODE_THREADS, 0, stream, sides);
-        case PQ_TYPE_PQ2: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ2>, grid, PQ_ENCODE_THREADS, 0, stream, sides);
+        case PQ_TYPE_PQ4: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ4, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides);
+        case PQ_TYPE_PQ3: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ3, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides);
+        case PQ_TYPE_PQ2: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ2, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides);
         default:          return cudaErrorInvalidValue;
     }
+}
+
+// The tile kernel loads and stores 16 bytes at a time.
+static bool tile_ok(const pq_encode_params & p) {
+    return ((uintptr_t) p.x | p.x_row_stride | p.x_head_stride | (uintptr_t) p.tail | p.tail_row_stride) % 16 == 0;
 }
 
 cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStream_t stream) {
@@ -37,14 +50,27 @@ cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStr
     }
     const int n_strips = (max_D + PQ_ENCODE_STRIP - 1) / PQ_ENCODE_STRIP;
 
-    // The tile kernel keeps a fourth of its rows busy at 32 rows, and reads the codebook once for 128.
-    if (n_rows <= 32) {
+    bool tile = n_rows > MAX_FEW_ROWS;
+    for (int i = 0; i < n_sides; i++) {
+        tile = tile && tile_ok(params[i]);
+    }
+    if (!tile) {
         const dim3 grid(n_heads, n_strips, (unsigned) ((n_rows + PQ_ENCODE_FEW_ROWS - 1) / PQ_ENCODE_FEW_ROWS));
         return pq_launch(pq_encode_few_kernel, grid, PQ_ENCODE_THREADS, 0, stream, sides);
     }
-    if (n_sides == 2 && params[0].type != params[1].type) { // compiled per type, to keep its registers few
+    if (n_sides == 2 && params[0].type != params[1].type) { // the tile kernel is compiled per type, to keep its registers few
         const cudaError_t err = pq_cuda_encode(params, 1, stream);
         return err != cudaSuccess ? err : pq_cuda_encode(params + 1, 1, stream);
     }
-    return launch_tile(sides, n_heads, n_strips, n_rows, stream);
+    int device = 0, n_sm = 0;
+    cudaError_t err = cudaGetDevice(&device);
+    if (err == cudaSuccess) {
+        err = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (err != cudaSuccess) {
+        return err;
+    }
+    return max_D <= 64  ? launch_tile<4> (sides, n_heads, n_strips, n_rows, n_sm, stream) :
+           max_D <= 128 ? launch_tile<8> (sides, n_heads, n_strips, n_rows, n_sm, stream) :
+                          launch_tile<16>(sides, n_heads, n_strips, n_rows, n_sm, stream);
 }

@@ -68,24 +68,37 @@ bool f64_to_f16(double value, uint16_t & h) {
     return true;
 }
 
+// entry[k][b]: what a byte b does to the checksum with k zero bytes behind it. Eight bytes at a time, for megabytes of codebooks.
 struct crc32_table {
-    uint32_t entry[256];
+    uint32_t entry[8][256];
     crc32_table() {
         for (uint32_t i = 0; i < 256; i++) {
             uint32_t c = i;
             for (int k = 0; k < 8; k++) {
                 c = c & 1 ? 0xedb88320u ^ c >> 1 : c >> 1;
             }
-            entry[i] = c;
+            entry[0][i] = c;
+        }
+        for (int k = 1; k < 8; k++) {
+            for (uint32_t i = 0; i < 256; i++) {
+                entry[k][i] = entry[0][entry[k - 1][i] & 0xff] ^ entry[k - 1][i] >> 8;
+            }
         }
     }
 };
 
 uint32_t crc32(const uint8_t * data, size_t n) {
     static const crc32_table table;
+    const auto & e = table.entry;
     uint32_t c = 0xffffffffu;
-    for (size_t i = 0; i < n; i++) {
-        c = table.entry[(c ^ data[i]) & 0xff] ^ c >> 8;
+    size_t   i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const uint32_t lo = c ^ read_u32(data + i), hi = read_u32(data + i + 4);
+        c = e[7][lo & 0xff] ^ e[6][lo >> 8 & 0xff] ^ e[5][lo >> 16 & 0xff] ^ e[4][lo >> 24] ^
+            e[3][hi & 0xff] ^ e[2][hi >> 8 & 0xff] ^ e[1][hi >> 16 & 0xff] ^ e[0][hi >> 24];
+    }
+    for (; i < n; i++) {
+        c = e[0][(c ^ data[i]) & 0xff] ^ c >> 8;
     }
     return c ^ 0xffffffffu;
 }
@@ -208,28 +221,31 @@ bool invert(std::vector<double> & a, std::vector<double> & inv, size_t n) {
 // How far T * inv is from the identity: largest element of T (inv v) - v over a few vectors v of signs. The full product
 // would cost as much as the inversion, and tell no more: a singular T is off by far in almost every direction.
 double inverse_residual(const std::vector<double> & T, const std::vector<double> & inv, size_t n) {
-    double   worst = 0.0;
-    uint32_t bits  = 1;
-    std::vector<double> v(n), w(n);
-    for (int probe = 0; probe < 4; probe++) {
+    constexpr size_t PROBES = 4; // together, so that no sum waits for another
+    uint32_t bits = 1;
+    std::vector<double> v(n * PROBES), w(n * PROBES), u(n * PROBES);
+    for (double & x : v) {
+        bits = bits * 1664525u + 1013904223u;
+        x = bits >> 31 ? 1.0 : -1.0;
+    }
+    auto multiply = [n](const std::vector<double> & a, const std::vector<double> & x, std::vector<double> & y) {
         for (size_t i = 0; i < n; i++) {
-            bits = bits * 1664525u + 1013904223u;
-            v[i] = bits >> 31 ? 1.0 : -1.0;
-        }
-        for (size_t i = 0; i < n; i++) {
-            w[i] = 0.0;
+            double sum[PROBES] = {};
             for (size_t j = 0; j < n; j++) {
-                w[i] += inv[i * n + j] * v[j];
+                for (size_t p = 0; p < PROBES; p++) {
+                    sum[p] += a[i * n + j] * x[j * PROBES + p];
+                }
             }
+            std::copy(sum, sum + PROBES, &y[i * PROBES]);
         }
-        for (size_t i = 0; i < n; i++) {
-            double r = -v[i];
-            for (size_t j = 0; j < n; j++) {
-                r += T[i * n + j] * w[j];
-            }
-            if (!(std::fabs(r) <= worst)) { // a NaN becomes the worst and stays it
-                worst = std::fabs(r);
-            }
+    };
+    multiply(inv, v, w);
+    multiply(T, w, u);
+    double worst = 0.0;
+    for (size_t i = 0; i < n * PROBES; i++) {
+        const double r = std::fabs(u[i] - v[i]);
+        if (r > worst || std::isnan(r)) { // a NaN becomes the worst and stays it
+            worst = r;
         }
     }
     return worst;

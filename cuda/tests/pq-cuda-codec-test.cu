@@ -1,0 +1,439 @@
+// Tests and times the CUDA encode and decode kernels.
+//
+//   pq-cuda-codec-test          every case against the CPU kernels: codes must be the same bits
+//   pq-cuda-codec-test quick    a few small cases, for compute-sanitizer
+//   pq-cuda-codec-test bench    median times: K and V of one layer, of an MHA model (32 heads) and a GQA model (8), D = 128
+#include "../cpu/pq-cpu.h"
+#include "../kernels/pq-cuda.h"
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#define CUDA(call)                                                                              \
+    do {                                                                                        \
+        const cudaError_t err_ = (call);                                                        \
+        if (err_ != cudaSuccess) {                                                              \
+            printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(err_));     \
+            exit(1);                                                                            \
+        }                                                                                       \
+    } while (0)
+
+static std::mt19937 rng(1);
+
+static float normal() {
+    return std::normal_distribution<float>()(rng);
+}
+
+template <class T> struct device_array {
+    T    * p = nullptr;
+    size_t n = 0;
+    explicit device_array(size_t n) : n(n) { CUDA(cudaMalloc(&p, n * sizeof(T))); }
+    explicit device_array(const std::vector<T> & v) : device_array(v.size()) {
+        CUDA(cudaMemcpy(p, v.data(), n * sizeof(T), cudaMemcpyHostToDevice));
+    }
+    device_array(const device_array &) = delete;
+    device_array(device_array && o) : p(o.p), n(o.n) { o.p = nullptr; }
+    ~device_array() { cudaFree(p); }
+    std::vector<T> host() const {
+        std::vector<T> v(n);
+        CUDA(cudaMemcpy(v.data(), p, n * sizeof(T), cudaMemcpyDeviceToHost));
+        return v;
+    }
+};
+
+// Head blocks with normally distributed centroids; T is no inverse of T_inv, which neither direction minds.
+static std::vector<uint8_t> make_codebook(pq_type type, int D, int n_head_kv, bool has_transform) {
+    const pq_codebook_layout l = pq_get_codebook_layout(type, D, has_transform);
+    std::vector<uint8_t> blocks(l.head_bytes * n_head_kv, 0);
+    const int n_centroid_elems = D * pq_get_spec(type).ksub;
+    for (int h = 0; h < n_head_kv; h++) {
+        uint8_t * block = blocks.data() + h * l.head_bytes;
+        for (int i = 0; i < D; i++) {
+            ((float *) (block + l.mu))[i] = 0.3f * normal();
+        }
+        for (int i = 0; has_transform && i < D * D; i++) {
+            ((__half *) (block + l.T))[i]     = __float2half(normal() / sqrtf((float) D));
+            ((__half *) (block + l.T_inv))[i] = __float2half(normal() / sqrtf((float) D));
+        }
+        for (int i = 0; i < n_centroid_elems; i++) {
+            ((__half *) (block + l.centroids))[i] = __float2half(normal());
+        }
+    }
+    return blocks;
+}
+
+static int n_failed = 0, n_checks = 0;
+
+static void check(bool ok, const std::string & what) {
+    n_checks++;
+    if (!ok) {
+        n_failed++;
+        printf("FAILED: %s\n", what.c_str());
+    }
+}
+
+struct side_case {
+    pq_type type;
+    int     D;
+    int     n_head_kv;
+    bool    has_transform;
+    bool    x_f16;
+    bool    tail;
+    enum { NORMAL, OUTLIERS, NAN_ROWS, ON_CENTROIDS } values;
+};
+
+// One side on both backends: its arrays, and parameters that point to them.
+struct encode_side {
+    side_case c;
+    int       n_rows, n_cells;
+    std::vector<uint8_t> codebook, x, codes, tail;
+    std::vector<int64_t> row_idx, tail_idx;
+    device_array<uint8_t> d_codebook, d_x, d_codes, d_tail;
+    device_array<int64_t> d_row_idx, d_tail_idx;
+    pq_encode_params      host, device;
+
+    static std::vector<uint8_t> make_x(const side_case & c, int n_rows, const std::vector<uint8_t> & codebook) {
+        const pq_codebook_layout l = pq_get_codebook_layout(c.type, c.D, c.has_transform);
+        const int n = n_rows * c.n_head_kv * c.D, ksub = pq_get_spec(c.type).ksub, dsub = pq_get_spec(c.type).dsub;
+        std::vector<uint8_t> bytes(n * (c.x_f16 ? sizeof(__half) : sizeof(float)));
+        for (int i = 0; i < n; i++) {
+            float v = normal();
+            if (c.values == side_case::OUTLIERS && i % c.D == 5) {
+                v *= 1000;
+            } else if (c.values == side_case::NAN_ROWS && i % 4099 == 7) {
+                v = i % 2 ? NAN : INFINITY;
+            } else if (c.values == side_case::ON_CENTROIDS) { // and, where centroids repeat, ties
+                const int j = i % c.D;
+                const uint8_t * block = codebook.data() + i / c.D % c.n_head_kv * l.head_bytes;
+                const int code = i / c.D % ksub;
+                v = ((const float *) (block + l.mu))[j] +
+                    __half2float(((const __half *) (block + l.centroids))[(j / dsub * ksub + code) * dsub + j % dsub]);
+            }
+            if (c.x_f16) {
+                ((__half *) bytes.data())[i] = __float2half(v);
+            } else {
+                ((float *) bytes.data())[i] = v;
+            }
+        }
+        return bytes;
+    }
+
+    static std::vector<int64_t> make_cells(int n_rows, int n_cells) {
+        std::vector<int64_t> cells(n_cells);
+        for (int i = 0; i < n_cells; i++) {
+            cells[i] = i;
+        }
+        std::shuffle(cells.begin(), cells.end(), rng);
+        cells.resize(n_rows);
+        return cells;
+    }
+
+    static std::vector<int64_t> make_slots(int n_rows) {
+        std::vector<int64_t> slots = make_cells(n_rows, n_rows);
+        for (int i = 0; i < n_rows; i += 3) {
+            slots[i] = -1;
+        }
+        return slots;
+    }
+
+    encode_side(const side_case & c, int n_rows)
+        : c(c), n_rows(n_rows), n_cells(2 * n_rows), codebook(make_codebook(c.type, c.D, c.n_head_kv, c.has_transform)),
+          x(make_x(c, n_rows, codebook)), codes(n_cells * c.n_head_kv * pq_head_bytes(c.type, c.D), 0xee),
+          tail((size_t) n_rows * c.n_head_kv * c.D * sizeof(__half), 0x55), row_idx(make_cells(n_rows, n_cells)),
+          tail_idx(make_slots(n_rows)), d_codebook(codebook), d_x(x), d_codes(codes), d_tail(tail), d_row_idx(row_idx),
+          d_tail_idx(tail_idx) {
+        const size_t elem = c.x_f16 ? sizeof(__half) : sizeof(float);
+        pq_encode_params p = {};
+        p.type             = c.type;
+        p.D                = c.D;
+        p.n_head_kv        = c.n_head_kv;
+        p.n_rows           = n_rows;
+        p.has_transform    = c.has_transform;
+        p.x_f16            = c.x_f16;
+        p.x_row_stride     = c.n_head_kv * c.D * elem;
+        p.x_head_stride    = c.D * elem;
+        p.codes_row_stride = c.n_head_kv * pq_head_bytes(c.type, c.D);
+        p.tail_row_stride  = c.n_head_kv * c.D * sizeof(__half);
+        host = device      = p;
+        host.codebook      = codebook.data();
+        host.x             = x.data();
+        host.codes         = codes.data();
+        host.row_idx       = row_idx.data();
+        device.codebook    = d_codebook.p;
+        device.x           = d_x.p;
+        device.codes       = d_codes.p;
+        device.row_idx     = d_row_idx.p;
+        if (c.tail) {
+            host.tail       = tail.data();
+            host.tail_idx   = tail_idx.data();
+            device.tail     = d_tail.p;
+            device.tail_idx = d_tail_idx.p;
+        }
+    }
+
+    std::string name() const {
+        char text[160];
+        snprintf(text, sizeof(text), "type %d, D %d, %d heads, transform %d, %d rows, f16 %d, tail %d, values %d", c.type, c.D,
+                 c.n_head_kv, c.has_transform, n_rows, c.x_f16, c.tail, c.values);
+        return text;
+    }
+
+    void compare() {
+        std::vector<uint8_t> scratch(pq_encode_scratch_size(&host));
+        for (int64_t i = 0; i < pq_encode_n_items(&host); i++) {
+            pq_encode_item(&host, i, scratch.data());
+        }
+        const std::vector<uint8_t> got = d_codes.host(), got_tail = d_tail.host();
+        size_t different = 0;
+        for (size_t i = 0; i < got.size(); i++) {
+            different += got[i] != codes[i];
+        }
+        check(different == 0, "encode " + name() + ": " + std::to_string(different) + " bytes differ");
+        // a NaN may be any NaN
+        size_t tail_different = 0;
+        for (size_t i = 0; i < tail.size() / sizeof(__half); i++) {
+            const float a = __half2float(((const __half *) tail.data())[i]), b = __half2float(((const __half *) got_tail.data())[i]);
+            tail_different += !(a == b || (std::isnan(a) && std::isnan(b)));
+        }
+        check(tail_different == 0, "tail " + name() + ": " + std::to_string(tail_different) + " elements differ");
+    }
+};
+
+static void test_encode(const std::vector<side_case> & cases, int n_rows) {
+    std::vector<encode_side>      sides;
+    std::vector<pq_encode_params> params;
+    sides.reserve(cases.size());
+    for (const side_case & c : cases) {
+        sides.emplace_back(c, n_rows);
+        params.push_back(sides.back().device);
+    }
+    CUDA(pq_cuda_encode(params.data(), (int) params.size(), 0));
+    CUDA(cudaDeviceSynchronize());
+    for (encode_side & s : sides) {
+        s.compare();
+    }
+}
+
+static void test_decode(pq_type type, int D, int n_head_kv, bool has_transform, int n_rows) {
+    const std::vector<uint8_t> codebook = make_codebook(type, D, n_head_kv, has_transform);
+    std::vector<uint8_t> codes(n_rows * n_head_kv * pq_head_bytes(type, D));
+    for (uint8_t & c : codes) {
+        c = (uint8_t) rng();
+    }
+    const size_t n = (size_t) n_rows * n_head_kv * D;
+    std::vector<float> want(n);
+    pq_decode_params p = {};
+    p.type             = type;
+    p.D                = D;
+    p.n_head_kv        = n_head_kv;
+    p.n_rows           = n_rows;
+    p.codebook         = codebook.data();
+    p.has_transform    = has_transform;
+    p.codes            = codes.data();
+    p.codes_row_stride = n_head_kv * pq_head_bytes(type, D);
+    p.x                = want.data();
+    p.x_row_stride     = n_head_kv * D * sizeof(float);
+    p.x_head_stride    = D * sizeof(float);
+    std::vector<uint8_t> scratch(pq_decode_scratch_size(&p));
+    for (int64_t i = 0; i < pq_decode_n_items(&p); i++) {
+        pq_decode_item(&p, i, scratch.data());
+    }
+    const device_array<uint8_t> d_codebook(codebook), d_codes(codes);
+    const device_array<float>    d_x(n);
+    const device_array<uint16_t> d_x16(n);
+    p.codebook = d_codebook.p;
+    p.codes    = d_codes.p;
+    p.x        = d_x.p;
+    CUDA(pq_cuda_decode(p, nullptr, 0));
+    // f16 in the layout of the prefill's scratch: [n_head_kv][n_rows][D]
+    p.x             = nullptr;
+    p.x_row_stride  = D * sizeof(uint16_t);
+    p.x_head_stride = (size_t) n_rows * D * sizeof(uint16_t);
+    CUDA(pq_cuda_decode(p, d_x16.p, 0));
+    CUDA(cudaDeviceSynchronize());
+    const std::vector<float>    got   = d_x.host();
+    const std::vector<uint16_t> got16 = d_x16.host();
+    double err = 0, err16 = 0, sum = 0;
+    for (int r = 0; r < n_rows; r++) {
+        for (int h = 0; h < n_head_kv; h++) {
+            for (int i = 0; i < D; i++) {
+                const size_t at = ((size_t) r * n_head_kv + h) * D + i;
+                const double w  = want[at];
+                __half x16;
+                memcpy(&x16, &got16[((size_t) h * n_rows + r) * D + i], sizeof(x16));
+                err   += (got[at] - w) * (got[at] - w);
+                err16 += (__half2float(x16) - w) * (__half2float(x16) - w);
+                sum   += w * w;
+            }
+        }
+    }
+    char text[120];
+    snprintf(text, sizeof(text), "decode type %d, D %d, %d heads, transform %d, %d rows: NMSE %g, as f16 %g", type, D, n_head_kv,
+             has_transform, n_rows, err / sum, err16 / sum);
+    check(err / sum < 1e-11 && err16 / sum < 2e-7, text); // f32 sums in another order; f16 rounds to 11 bits
+}
+
+static void test(bool quick) {
+    const std::vector<int> all_D    = quick ? std::vector<int> { 80, 128 } : std::vector<int> { 8, 24, 64, 80, 96, 128, 192, 256 };
+    const std::vector<int> all_rows = quick ? std::vector<int> { 1, 70 } : std::vector<int> { 1, 3, 8, 31, 33, 130, 300 };
+    for (const pq_type type : { PQ_TYPE_PQ4, PQ_TYPE_PQ3, PQ_TYPE_PQ2 }) {
+        for (const int D : all_D) {
+            for (const bool has_transform : { false, true }) {
+                for (const int n_rows : all_rows) {
+                    test_encode({ { type, D, 3, has_transform, false, true, side_case::NORMAL } }, n_rows);
+                    test_decode(type, D, 3, has_transform, n_rows);
+                }
+                test_encode({ { type, D, 2, has_transform, true, false, side_case::NORMAL } }, 129);
+                test_encode({ { type, D, 1, has_transform, false, true, side_case::OUTLIERS } }, 129);
+                test_encode({ { type, D, 1, has_transform, false, true, side_case::NAN_ROWS } }, 129);
+                test_encode({ { type, D, 1, has_transform, false, false, side_case::ON_CENTROIDS } }, 257);
+            }
+        }
+        // K and V of a step in one call: the same shape, and all that may differ between them
+        for (const int n_rows : { 1, 6, 140 }) {
+            const side_case k = { type, 128, 4, true, false, true, side_case::NORMAL };
+            test_encode({ k, k }, n_rows);
+            test_encode({ k, { PQ_TYPE_PQ2, 64, 4, false, true, true, side_case::NORMAL } }, n_rows);
+        }
+    }
+    if (!quick) { // large: every multiprocessor takes several tiles
+        test_encode({ { PQ_TYPE_PQ4, 128, 8, true, false, true, side_case::NORMAL } }, 2048);
+        test_decode(PQ_TYPE_PQ4, 128, 8, true, 5000);
+    }
+}
+
+// ---- benchmark ----
+
+// Median time of `launch(layer)` over layers that together are larger than the L2 cache.
+template <class F> static float median_us(int n_layers, F && launch) {
+    cudaEvent_t begin, end;
+    CUDA(cudaEventCreate(&begin));
+    CUDA(cudaEventCreate(&end));
+    cudaStream_t stream;
+    CUDA(cudaStreamCreate(&stream));
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < n_layers; i++) {
+        launch(i, stream);
+    }
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&exec, graph, 0));
+    std::vector<float> us;
+    for (int i = 0; i < 12; i++) {
+        CUDA(cudaEventRecord(begin, stream));
+        CUDA(cudaGraphLaunch(exec, stream));
+        CUDA(cudaEventRecord(end, stream));
+        CUDA(cudaEventSynchronize(end));
+        float ms;
+        CUDA(cudaEventElapsedTime(&ms, begin, end));
+        if (i >= 2) {
+            us.push_back(1000 * ms / n_layers);
+        }
+    }
+    CUDA(cudaGraphExecDestroy(exec));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+    std::sort(us.begin(), us.end());
+    return us[us.size() / 2];
+}
+
+static void bench() {
+    constexpr int D = 128, N_LAYERS = 16;
+    for (const pq_type type : { PQ_TYPE_PQ4, PQ_TYPE_PQ3, PQ_TYPE_PQ2 }) {
+        for (const int n_head_kv : { 32, 8 }) {
+            const pq_codebook_layout l = pq_get_codebook_layout(type, D, true);
+            const std::vector<uint8_t> one = make_codebook(type, D, 1, true);
+            std::vector<uint8_t> codebook;
+            for (int h = 0; h < n_head_kv; h++) {
+                codebook.insert(codebook.end(), one.begin(), one.end());
+            }
+            std::vector<device_array<uint8_t>> codebooks;
+            for (int i = 0; i < 2 * N_LAYERS; i++) {
+                codebooks.emplace_back(codebook);
+            }
+            printf("type %d, %d KV heads, codebook of a layer %.1f MB\n", type, n_head_kv, 2e-6 * l.head_bytes * n_head_kv);
+            const size_t row_bytes = n_head_kv * pq_head_bytes(type, D);
+            for (const int n_rows : { 1, 2, 8, 512, 2048 }) {
+                std::vector<float> x(n_rows * n_head_kv * D);
+                for (float & v : x) {
+                    v = normal();
+                }
+                std::vector<int64_t> idx(n_rows);
+                for (int i = 0; i < n_rows; i++) {
+                    idx[i] = i;
+                }
+                const device_array<float>   d_x(x);
+                const device_array<int64_t> d_idx(idx);
+                const device_array<uint8_t> codes(2 * n_rows * row_bytes), tail(2 * x.size() * sizeof(__half));
+                const float us = median_us(N_LAYERS, [&](int layer, cudaStream_t stream) {
+                    pq_encode_params p[2] = {};
+                    for (int i = 0; i < 2; i++) {
+                        p[i].type             = type;
+                        p[i].D                = D;
+                        p[i].n_head_kv        = n_head_kv;
+                        p[i].n_rows           = n_rows;
+                        p[i].codebook         = codebooks[2 * layer + i].p;
+                        p[i].has_transform    = 1;
+                        p[i].x                = d_x.p;
+                        p[i].x_row_stride     = n_head_kv * D * sizeof(float);
+                        p[i].x_head_stride    = D * sizeof(float);
+                        p[i].codes            = codes.p + i * n_rows * row_bytes;
+                        p[i].codes_row_stride = row_bytes;
+                        p[i].row_idx          = d_idx.p;
+                        p[i].tail             = tail.p + i * x.size() * sizeof(__half);
+                        p[i].tail_row_stride  = n_head_kv * D * sizeof(__half);
+                        p[i].tail_idx         = d_idx.p;
+                    }
+                    CUDA(pq_cuda_encode(p, 2, stream));
+                });
+                printf("  encode K and V, %5d rows: %8.2f us\n", n_rows, us);
+            }
+            for (const int n_rows : { 2048, 32768 }) {
+                const device_array<uint8_t>  codes(std::vector<uint8_t>(n_rows * row_bytes, 77));
+                const device_array<uint16_t> x((size_t) n_rows * n_head_kv * D);
+                const float us = median_us(N_LAYERS, [&](int layer, cudaStream_t stream) {
+                    for (int i = 0; i < 2; i++) {
+                        pq_decode_params p = {};
+                        p.type             = type;
+                        p.D                = D;
+                        p.n_head_kv        = n_head_kv;
+                        p.n_rows           = n_rows;
+                        p.codebook         = codebooks[2 * layer + i].p;
+                        p.has_transform    = 1;
+                        p.codes            = codes.p;
+                        p.codes_row_stride = row_bytes;
+                        p.x_row_stride     = D * sizeof(uint16_t);
+                        p.x_head_stride    = (size_t) n_rows * D * sizeof(uint16_t);
+                        CUDA(pq_cuda_decode(p, x.p, stream));
+                    }
+                });
+                printf("  decode K and V, %5d rows: %8.2f us, %.0f GB/s\n", n_rows, us, 2e-3 * (x.n * sizeof(uint16_t) + n_rows * row_bytes) / us);
+            }
+        }
+    }
+}
+
+int main(int argc, char ** argv) {
+    const std::string mode = argc > 1 ? argv[1] : "test";
+    if (mode == "bench") {
+        bench();
+        return 0;
+    }
+    if (mode != "test" && mode != "quick") {
+        printf("usage: pq-cuda-codec-test [test | quick | bench]\n");
+        return 2;
+    }
+    test(mode == "quick");
+    printf("%d checks, %d failed\n", n_checks, n_failed);
+    return n_failed ? 1 : 0;
+}

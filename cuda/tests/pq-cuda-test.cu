@@ -1,0 +1,862 @@
+// Tests and times the CUDA attention kernels.
+//
+//   pq-cuda-test                    every case against plain loops in double precision (of sampled heads where the context is long)
+//   pq-cuda-test plan               the launch plan alone; needs no GPU
+//   pq-cuda-test bench [7b|8b [depth [type]]]
+//                                   times: median of graph replays over more layers than the L2 cache holds; bytes of codes per second
+//                                   and the fraction of the copy bandwidth measured in the same run
+//   pq-cuda-test once 7b|8b depth type
+//                                   two launches without a graph, for a profiler: ncu --clock-control none -k regex:attn_kernel
+#include "../kernels/pq-cuda.h"
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+static int n_failed = 0;
+static int n_checks = 0;
+
+static void check(bool ok, const char * fmt, ...) {
+    n_checks++;
+    if (ok) {
+        return;
+    }
+    n_failed++;
+    va_list args;
+    va_start(args, fmt);
+    printf("FAILED: ");
+    vprintf(fmt, args);
+    printf("\n");
+    va_end(args);
+    if (n_failed > 30) {
+        printf("too many failures\n");
+        exit(1);
+    }
+}
+
+#define CUDA(call)                                                                          \
+    do {                                                                                    \
+        const cudaError_t err_ = (call);                                                    \
+        if (err_ != cudaSuccess) {                                                          \
+            printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(err_)); \
+            exit(1);                                                                        \
+        }                                                                                   \
+    } while (0)
+
+// ---- random numbers that are the same everywhere ----
+
+struct rng {
+    uint64_t s;
+    explicit rng(uint64_t seed) : s(seed * 0x9e3779b97f4a7c15u + 1) {}
+    uint64_t next() {
+        s ^= s << 13;
+        s ^= s >> 7;
+        s ^= s << 17;
+        return s;
+    }
+    int   below(int n) { return (int) ((next() >> 33) % (uint64_t) n); }
+    float uniform()    { return (float) (next() >> 40) * 0x1p-24f * 2.0f - 1.0f; }
+    float normal()     { return (uniform() + uniform() + uniform()) * 1.0f; } // variance 1
+};
+
+static uint16_t to_f16(float f)      { return __half_as_ushort(__float2half(f)); }
+static double   from_f16(uint16_t h) { return (double) __half2float(__ushort_as_half(h)); }
+
+static const uint16_t F16_MINUS_INF = 0xfc00;
+static const uint16_t F16_NAN       = 0x7e00;
+
+static const char * const type_names[] = { "pq4", "pq3", "pq2", "f16" };
+
+// ---- one side of a cache on the host ----
+
+struct host_side {
+    pq_type type; // PQ_TYPE_COUNT: f16 rows
+    int     D, H;
+    bool    transform;
+    std::vector<uint8_t> blocks;
+    std::vector<uint8_t> data;  // [n_stream][n_kv][H][head_bytes]
+    size_t head_bytes, row_stride, stream_stride;
+
+    bool coded() const { return type < PQ_TYPE_COUNT; }
+    pq_codebook_layout layout() const { return pq_get_codebook_layout(type, D, transform); }
+    const uint8_t  * block(int h)     const { return blocks.data() + (size_t) h * layout().head_bytes; }
+    const float    * mu(int h)        const { return (const float *) (block(h) + layout().mu); }
+    const uint16_t * T_inv(int h)     const { return (const uint16_t *) (block(h) + layout().T_inv); }
+    const uint16_t * centroids(int h) const { return (const uint16_t *) (block(h) + layout().centroids); }
+
+    const uint8_t * row(int64_t s, int64_t cell, int h) const { return data.data() + s * stream_stride + cell * row_stride + h * head_bytes; }
+};
+
+static void make_codebook(host_side & x, rng & r) {
+    const pq_spec            s = pq_get_spec(x.type);
+    const pq_codebook_layout l = x.layout();
+    x.blocks.assign((size_t) x.H * l.head_bytes, 0);
+    for (int h = 0; h < x.H; h++) {
+        uint8_t * b = x.blocks.data() + (size_t) h * l.head_bytes;
+        for (int i = 0; i < x.D; i++) {
+            ((float *) (b + l.mu))[i] = 0.5f * r.normal();
+        }
+        if (x.transform) {
+            for (int i = 0; i < x.D; i++) {
+                for (int j = 0; j < x.D; j++) {
+                    const bool on = (i + h) % x.D == j;
+                    ((uint16_t *) (b + l.T_inv))[i * x.D + j] = to_f16((on ? 0.5f + 0.2f * (float) (i % 7) : 0.0f) + 0.5f * r.normal() / sqrtf((float) x.D));
+                    ((uint16_t *) (b + l.T))[i * x.D + j]     = F16_NAN; // attention has no use for it
+                }
+            }
+        }
+        for (int i = 0; i < x.D * s.ksub; i++) {
+            ((uint16_t *) (b + l.centroids))[i] = to_f16(r.normal());
+        }
+    }
+}
+
+static host_side make_side(pq_type type, int D, int H, int n_stream, int64_t n_kv, bool transform, rng & r) {
+    host_side x;
+    x.type          = type;
+    x.D             = D;
+    x.H             = H;
+    x.transform     = type < PQ_TYPE_COUNT && transform;
+    x.head_bytes    = type < PQ_TYPE_COUNT ? pq_head_bytes(type, D) : (size_t) D * 2;
+    x.row_stride    = x.head_bytes * H;
+    x.stream_stride = (x.row_stride * (n_kv + 3) + 15) / 16 * 16; // a stream is longer than what is used of it
+    x.data.resize(x.stream_stride * n_stream);
+    if (x.coded()) {
+        for (uint8_t & b : x.data) {
+            b = (uint8_t) (r.next() >> 40);
+        }
+        make_codebook(x, r);
+    } else {
+        for (size_t i = 0; i < x.data.size(); i += 2) {
+            const uint16_t v = to_f16(r.normal());
+            memcpy(&x.data[i], &v, 2);
+        }
+    }
+    return x;
+}
+
+// ---- a case ----
+
+enum mask_kind {
+    MASK_NONE,
+    MASK_CAUSAL,   // query i sees all but the last few cells
+    MASK_RANDOM,   // each cell with probability 1/2, other values random
+    MASK_SPARSE,   // a few runs of cells; whole tiles unseen
+    MASK_ALL,      // nothing visible
+    MASK_ONE_ROW,  // one query sees nothing, the others all
+};
+
+struct attn_case {
+    pq_type   kt, vt;
+    int       D, n_head, n_head_kv, n_stream, n_q;
+    int64_t   n_kv;
+    mask_kind mask;
+    int       n_tail;    // slots; every third is unused
+    bool      transform;
+    float     softcap, max_bias;
+    bool      sinks;
+    int       n_head_mask, n_stream_mask;
+    int       n_sm;      // for the plan: changes the split
+    size_t    smem;      // for the plan: smaller devices take two phases
+
+    std::string name() const {
+        char s[256];
+        snprintf(s, sizeof(s), "K %s V %s D %d heads %d/%d streams %d n_q %d n_kv %lld mask %d tail %d T %d cap %g alibi %g sinks %d sm %d", type_names[kt],
+                 type_names[vt], D, n_head, n_head_kv, n_stream, n_q, (long long) n_kv, (int) mask, n_tail, transform, softcap, max_bias, sinks, n_sm);
+        return s;
+    }
+};
+
+template <class T>
+struct device_buf {
+    T *    p = nullptr;
+    size_t n = 0;
+    device_buf() {}
+    explicit device_buf(size_t n_) : n(n_) { CUDA(cudaMalloc(&p, std::max<size_t>(n, 1) * sizeof(T))); }
+    explicit device_buf(const std::vector<T> & v) : device_buf(v.size()) { CUDA(cudaMemcpy(p, v.data(), n * sizeof(T), cudaMemcpyHostToDevice)); }
+    device_buf(device_buf && o) : p(o.p), n(o.n) { o.p = nullptr; }
+    device_buf(const device_buf &) = delete;
+    device_buf & operator=(device_buf && o) { std::swap(p, o.p); std::swap(n, o.n); return *this; }
+    ~device_buf() { cudaFree(p); }
+};
+
+static double slope_of(int h, int n_head, double max_bias) {
+    if (max_bias <= 0.0) {
+        return 1.0;
+    }
+    int n = 1;
+    while (2 * n <= n_head) {
+        n *= 2;
+    }
+    return h < n ? pow(pow(2.0, -max_bias / n), h + 1) : pow(pow(2.0, -max_bias / 2.0 / n), 2 * (h - n) + 1);
+}
+
+static double worst_nmse = 0.0;
+
+static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
+    rng r((uint64_t) c.n_kv * 31 + c.D * 7 + c.n_head + c.n_tail * 13 + c.mask);
+    const int n_group = c.n_head / c.n_head_kv;
+    const host_side k0 = make_side(c.kt, c.D, c.n_head_kv, c.n_stream, c.n_kv, c.transform, r);
+    host_side k = k0, v = make_side(c.vt, c.D, c.n_head_kv, c.n_stream, c.n_kv, c.transform, r);
+
+    std::vector<float> q((size_t) c.n_stream * c.n_head * c.n_q * c.D);
+    for (float & x : q) {
+        x = 1.5f * r.normal();
+    }
+    std::vector<float> sinks(c.n_head);
+    for (float & x : sinks) {
+        x = 3.0f * r.normal();
+    }
+    // mask rows longer than n_kv, as an arbitrary stride; 16-byte multiples in every other case
+    const int64_t mask_ld = c.n_kv + (c.n_kv % 2 == 0 ? 8 - c.n_kv % 8 : 3);
+    std::vector<uint16_t> mask((size_t) c.n_stream_mask * c.n_head_mask * c.n_q * mask_ld, F16_NAN);
+    for (int64_t row = 0; row < (int64_t) c.n_stream_mask * c.n_head_mask * c.n_q; row++) {
+        uint16_t * m = &mask[row * mask_ld];
+        const int64_t i_q = row % c.n_q;
+        for (int64_t i = 0; i < c.n_kv; i++) {
+            bool seen = true;
+            float value = 0.0f;
+            switch (c.mask) {
+                case MASK_NONE:    break;
+                case MASK_CAUSAL:  seen = i < c.n_kv - c.n_q + i_q; break;
+                case MASK_RANDOM:  seen = r.below(2); value = r.normal(); break;
+                case MASK_SPARSE:  seen = (i / 40 * 7 + row) % 11 == 0; break;
+                case MASK_ALL:     seen = false; break;
+                case MASK_ONE_ROW: seen = row != 0; break;
+            }
+            m[i] = seen ? to_f16(value) : F16_MINUS_INF;
+        }
+    }
+    const int64_t n_tail_ld = c.n_tail + 5;
+    std::vector<uint16_t> tail_k((size_t) c.n_stream * c.n_head_kv * c.n_tail * c.D), tail_v(tail_k.size()), tail_mask((size_t) c.n_stream * c.n_q * n_tail_ld, F16_NAN);
+    for (uint16_t & x : tail_k) { x = to_f16(r.normal()); }
+    for (uint16_t & x : tail_v) { x = to_f16(r.normal()); }
+    for (int s = 0; s < c.n_stream; s++) {
+        for (int i = 0; i < c.n_tail; i++) {
+            const bool used = (i + s) % 3 != 0 || c.n_tail == 1;
+            for (int t = 0; t < c.n_q; t++) {
+                tail_mask[((size_t) s * c.n_q + t) * n_tail_ld + i] = used && c.mask != MASK_ALL && i < c.n_tail - c.n_q + t + 1 ? to_f16(c.mask == MASK_RANDOM ? r.normal() : 0.0f) : F16_MINUS_INF;
+            }
+            for (int h = 0; h < c.n_head_kv && (!used || c.mask == MASK_ALL); h++) {
+                for (int d = 0; d < c.D; d++) { // an unused slot holds anything
+                    tail_k[(((size_t) s * c.n_head_kv + h) * c.n_tail + i) * c.D + d] = F16_NAN;
+                    tail_v[(((size_t) s * c.n_head_kv + h) * c.n_tail + i) * c.D + d] = F16_NAN;
+                }
+            }
+        }
+    }
+    auto mask_at = [&](int s, int h, int t, int64_t i) {
+        return mask[(((size_t) (s % c.n_stream_mask) * c.n_head_mask + h % c.n_head_mask) * c.n_q + t) * mask_ld + i];
+    };
+    // a plain row that no query of its stream and head sees holds NaN
+    for (host_side * side : { &k, &v }) {
+        for (int s = 0; !side->coded() && c.mask != MASK_NONE && s < c.n_stream; s++) {
+            for (int64_t i = 0; i < c.n_kv + 3; i++) {
+                for (int hk = 0; hk < c.n_head_kv; hk++) {
+                    bool seen = false;
+                    for (int g = 0; g < n_group && i < c.n_kv; g++) {
+                        for (int t = 0; t < c.n_q; t++) {
+                            seen = seen || mask_at(s, hk * n_group + g, t, i) != F16_MINUS_INF;
+                        }
+                    }
+                    for (int d = 0; d < c.D && !seen; d++) {
+                        memcpy((void *) (side->row(s, i, hk) + 2 * d), &F16_NAN, 2);
+                    }
+                }
+            }
+        }
+    }
+
+    // ---- device ----
+    device_buf<uint8_t> d_kb(k.blocks), d_vb(v.blocks), d_k(k.data), d_v(v.data);
+    device_buf<float>   d_q(q), d_sinks(sinks), d_dst((size_t) c.n_stream * c.n_q * c.n_head * c.D);
+    device_buf<uint16_t> d_mask(mask), d_tk(tail_k), d_tv(tail_v), d_tm(tail_mask);
+    CUDA(cudaMemset(d_dst.p, 0xff, d_dst.n * sizeof(float)));
+
+    pq_attn_params p = {};
+    p.n_head    = c.n_head;
+    p.n_head_kv = c.n_head_kv;
+    p.n_stream  = c.n_stream;
+    p.n_q       = c.n_q;
+    p.n_kv      = c.n_kv;
+    auto side = [&](const host_side & x, const uint8_t * data, const uint8_t * blocks) {
+        pq_attn_side s = {};
+        s.type          = x.type;
+        s.D             = x.D;
+        s.codebook      = x.coded() ? blocks : nullptr;
+        s.has_transform = x.transform;
+        s.data          = data;
+        s.row_stride    = x.row_stride;
+        s.head_stride   = x.head_bytes;
+        s.stream_stride = x.stream_stride;
+        return s;
+    };
+    p.k = side(k, d_k.p, d_kb.p);
+    p.v = side(v, d_v.p, d_vb.p);
+    p.q               = (const uint8_t *) d_q.p;
+    p.q_token_stride  = (size_t) c.D * 4;
+    p.q_head_stride   = p.q_token_stride * c.n_q;
+    p.q_stream_stride = p.q_head_stride * c.n_head;
+    if (c.mask != MASK_NONE) {
+        p.mask               = (const uint8_t *) d_mask.p;
+        p.mask_token_stride  = mask_ld * 2;
+        p.mask_head_stride   = p.mask_token_stride * c.n_q;
+        p.mask_stream_stride = p.mask_head_stride * c.n_head_mask;
+    }
+    p.n_head_mask   = c.n_head_mask;
+    p.n_stream_mask = c.n_stream_mask;
+    if (c.n_tail > 0) {
+        p.tail.n                  = c.n_tail;
+        p.tail.k                  = (const uint8_t *) d_tk.p;
+        p.tail.v                  = (const uint8_t *) d_tv.p;
+        p.tail.k_row_stride       = p.tail.v_row_stride    = (size_t) c.D * 2;
+        p.tail.k_head_stride      = p.tail.v_head_stride   = p.tail.k_row_stride * c.n_tail;
+        p.tail.k_stream_stride    = p.tail.v_stream_stride = p.tail.k_head_stride * c.n_head_kv;
+        p.tail.mask               = (const uint8_t *) d_tm.p;
+        p.tail.mask_token_stride  = n_tail_ld * 2;
+        p.tail.mask_stream_stride = p.tail.mask_token_stride * c.n_q;
+    }
+    p.sinks           = c.sinks ? d_sinks.p : nullptr;
+    p.scale           = 1.0f / sqrtf((float) c.D);
+    p.max_bias        = c.max_bias;
+    p.logit_softcap   = c.softcap;
+    p.dst             = d_dst.p;
+    p.dst_head_stride   = (size_t) c.D * 4;
+    p.dst_token_stride  = p.dst_head_stride * c.n_head;
+    p.dst_stream_stride = p.dst_token_stride * c.n_q;
+
+    pq_cuda_device_props props = real;
+    props.n_sm = c.n_sm ? c.n_sm : real.n_sm;
+    props.smem_optin = c.smem ? c.smem : real.smem_optin;
+    const char * why = pq_cuda_attn_unsupported(p, props);
+    check(!why, "%s: unsupported: %s", c.name().c_str(), why ? why : "");
+    if (why) {
+        return;
+    }
+    const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(p, props);
+    device_buf<uint8_t> scratch(plan.scratch_bytes);
+    CUDA(cudaMemset(scratch.p, 0xff, plan.scratch_bytes));
+    const cudaError_t err = pq_cuda_attn(p, plan, scratch.p, 0);
+    check(err == cudaSuccess, "%s: launch: %s", c.name().c_str(), cudaGetErrorString(err));
+    CUDA(cudaDeviceSynchronize());
+    std::vector<float> got(d_dst.n);
+    CUDA(cudaMemcpy(got.data(), d_dst.p, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
+
+    // ---- reference ----
+    double err2 = 0.0, ref2 = 0.0;
+    const int step = c.n_kv * c.n_head * c.n_q * c.n_stream > (1 << 18) ? std::max(1, c.n_head / 4 - 1) : 1; // sampled heads
+    for (int s = 0; s < c.n_stream; s++) {
+        for (int h = 0; h < c.n_head; h += step) {
+            const int hk = h / n_group, M_k = k.coded() ? pq_n_subspaces(k.type, c.D) : 0, M_v = v.coded() ? pq_n_subspaces(v.type, c.D) : 0;
+            const pq_spec sk = pq_get_spec(k.type), sv = pq_get_spec(v.type);
+            for (int t = 0; t < c.n_q; t++) {
+                const float * qr = &q[(((size_t) s * c.n_head + h) * c.n_q + t) * c.D];
+                std::vector<double> qt(qr, qr + c.D), o(c.D, 0.0), ot(c.D, 0.0);
+                double q_mu = 0.0;
+                for (int j = 0; k.coded() && j < c.D; j++) {
+                    q_mu += (double) qr[j] * k.mu(hk)[j];
+                    if (k.transform) {
+                        qt[j] = 0.0;
+                        for (int i = 0; i < c.D; i++) {
+                            qt[j] += from_f16(k.T_inv(hk)[j * c.D + i]) * qr[i];
+                        }
+                    }
+                }
+                std::vector<double> lut((size_t) M_k * sk.ksub, 0.0), cv((size_t) c.D * sv.ksub);
+                for (int m = 0; m < M_k; m++) {
+                    for (int e = 0; e < sk.ksub * sk.dsub; e++) {
+                        lut[(size_t) m * sk.ksub + e / sk.dsub] += qt[m * sk.dsub + e % sk.dsub] * from_f16(k.centroids(hk)[(size_t) m * sk.ksub * sk.dsub + e]);
+                    }
+                }
+                for (size_t e = 0; v.coded() && e < cv.size(); e++) {
+                    cv[e] = from_f16(v.centroids(hk)[e]);
+                }
+                const double slope = slope_of(h, c.n_head, c.max_bias);
+                auto post = [&](double x, uint16_t m) {
+                    x *= p.scale;
+                    x  = c.softcap != 0.0f ? c.softcap * tanh(x / c.softcap) : x;
+                    return m == F16_MINUS_INF ? -INFINITY : x + slope * from_f16(m);
+                };
+                std::vector<double> score(c.n_kv + c.n_tail);
+                double top = c.sinks ? sinks[h] : -INFINITY;
+                for (int64_t i = 0; i < c.n_kv; i++) {
+                    const uint8_t * row = k.row(s, i, hk);
+                    double x = q_mu;
+                    for (int m = 0; m < M_k; m++) {
+                        x += lut[(size_t) m * sk.ksub + pq_code_get(k.type, row, m)];
+                    }
+                    for (int d = 0; d < c.D && !k.coded(); d++) {
+                        x += qr[d] * from_f16(((const uint16_t *) row)[d]);
+                    }
+                    score[i] = post(x, c.mask == MASK_NONE ? 0 : mask_at(s, h, t, i));
+                    top = std::max(top, score[i]);
+                }
+                for (int i = 0; i < c.n_tail; i++) {
+                    double x = 0.0;
+                    for (int d = 0; d < c.D; d++) {
+                        x += qr[d] * from_f16(tail_k[(((size_t) s * c.n_head_kv + hk) * c.n_tail + i) * c.D + d]);
+                    }
+                    score[c.n_kv + i] = post(x, tail_mask[((size_t) s * c.n_q + t) * n_tail_ld + i]);
+                    top = std::max(top, score[c.n_kv + i]);
+                }
+                double total = c.sinks ? exp(sinks[h] - top) : 0.0, coded = 0.0;
+                for (int64_t i = 0; i < c.n_kv + c.n_tail; i++) {
+                    const double w = score[i] == -INFINITY ? 0.0 : exp(score[i] - top);
+                    if (w == 0.0) {
+                        continue;
+                    }
+                    total += w;
+                    if (i >= c.n_kv) {
+                        for (int d = 0; d < c.D; d++) {
+                            ot[d] += w * from_f16(tail_v[(((size_t) s * c.n_head_kv + hk) * c.n_tail + i - c.n_kv) * c.D + d]);
+                        }
+                        continue;
+                    }
+                    coded += w;
+                    const uint8_t * row = v.row(s, i, hk);
+                    for (int m = 0; m < M_v; m++) {
+                        const double * y = &cv[((size_t) m * sv.ksub + pq_code_get(v.type, row, m)) * sv.dsub];
+                        for (int e = 0; e < sv.dsub; e++) {
+                            o[m * sv.dsub + e] += w * y[e];
+                        }
+                    }
+                    for (int d = 0; d < c.D && !v.coded(); d++) {
+                        o[d] += w * from_f16(((const uint16_t *) row)[d]);
+                    }
+                }
+                const float * dst = &got[(((size_t) s * c.n_q + t) * c.n_head + h) * c.D];
+                for (int d = 0; d < c.D; d++) {
+                    double x = o[d];
+                    if (v.coded() && v.transform) {
+                        x = 0.0;
+                        for (int j = 0; j < c.D; j++) {
+                            x += o[j] * from_f16(v.T_inv(hk)[j * c.D + d]);
+                        }
+                    }
+                    x += ot[d] + (v.coded() ? coded * v.mu(hk)[d] : 0.0);
+                    x = total == 0.0 ? 0.0 : x / total;
+                    if (total == 0.0 || top == -INFINITY) {
+                        check(dst[d] == 0.0f, "%s: stream %d head %d query %d sees nothing, element %d is %g", c.name().c_str(), s, h, t, d, dst[d]);
+                    }
+                    err2 += (dst[d] - x) * (dst[d] - x);
+                    ref2 += x * x;
+                }
+            }
+        }
+    }
+    const double nmse = ref2 == 0.0 ? err2 : err2 / ref2;
+    worst_nmse = nmse > worst_nmse ? nmse : worst_nmse;
+    check(nmse <= 1e-5, "%s: NMSE %.3g (split %d, two phases %d)", c.name().c_str(), nmse, plan.n_split, plan.two_phase);
+    for (size_t i = 0; i < got.size(); i++) {
+        if (!std::isfinite(got[i])) {
+            check(false, "%s: element %zu was not written or is not finite", c.name().c_str(), i);
+            break;
+        }
+    }
+}
+
+static void test(const pq_cuda_device_props & props) {
+    const pq_type P4 = PQ_TYPE_PQ4, P3 = PQ_TYPE_PQ3, P2 = PQ_TYPE_PQ2, F = PQ_TYPE_COUNT;
+    const attn_case base = { P4, P4, 128, 4, 4, 1, 1, 257, MASK_CAUSAL, 128, true, 0.0f, 0.0f, false, 1, 1, 0, 0 };
+    auto with = [&](auto f) {
+        attn_case c = base;
+        f(c);
+        run_case(c, props);
+    };
+    with([](attn_case &) {});
+    const pq_type types[] = { P4, P3, P2, F };
+    for (pq_type kt : types) {
+        for (pq_type vt : types) {
+            if (kt == F && vt == F) {
+                continue;
+            }
+            for (int D : { 64, 80, 96, 128, 192, 256 }) {
+                for (int group : { 1, 4, 8 }) {
+                    with([&](attn_case & c) { c.kt = kt; c.vt = vt; c.D = D; c.n_head = 2 * group; c.n_head_kv = 2; c.n_kv = 300; c.mask = MASK_RANDOM; });
+                }
+                with([&](attn_case & c) { c.kt = kt; c.vt = vt; c.D = D; c.n_head = 3; c.n_head_kv = 3; c.mask = MASK_SPARSE; c.n_kv = 1000; });
+            }
+        }
+    }
+    for (int64_t n_kv : { 1, 31, 97, 257, 8192 }) {
+        for (int n_tail : { 0, 1, 7, 128, 129, 640 }) {
+            for (pq_type t : { P4, P3, P2 }) {
+                with([&](attn_case & c) { c.kt = c.vt = t; c.n_kv = n_kv; c.n_tail = n_tail; });
+            }
+        }
+        for (mask_kind mask : { MASK_NONE, MASK_RANDOM, MASK_SPARSE, MASK_ALL, MASK_ONE_ROW }) {
+            for (int n_tail : { 0, 129 }) {
+                with([&](attn_case & c) { c.n_kv = n_kv; c.mask = mask; c.n_q = 3; c.n_tail = n_tail; });
+                with([&](attn_case & c) { c.n_kv = n_kv; c.mask = mask; c.n_q = 2; c.n_head = 8; c.n_head_kv = 1; c.n_tail = n_tail; });
+                with([&](attn_case & c) { c.n_kv = n_kv; c.mask = mask; c.kt = F; c.n_tail = n_tail; });
+                with([&](attn_case & c) { c.n_kv = n_kv; c.mask = mask; c.vt = F; c.n_q = 2; c.n_tail = n_tail; });
+            }
+        }
+    }
+    for (int group : { 1, 2, 3, 5, 7, 8, 16 }) {
+        for (int n_q : { 1, 2, 5, 8 }) {
+            with([&](attn_case & c) { c.n_head = 2 * group; c.n_head_kv = 2; c.n_q = n_q; c.n_tail = 40; });
+            with([&](attn_case & c) { c.n_head = 2 * group; c.n_head_kv = 2; c.n_q = n_q; c.mask = MASK_RANDOM; c.n_head_mask = 2 * group; c.kt = P2; });
+        }
+    }
+    for (int n_stream : { 2, 3 }) {
+        with([&](attn_case & c) { c.n_stream = n_stream; c.n_stream_mask = n_stream; c.mask = MASK_RANDOM; });
+        with([&](attn_case & c) { c.n_stream = n_stream; c.n_stream_mask = 1; c.n_q = 2; c.vt = P3; });
+    }
+    for (float cap : { 0.0f, 5.0f }) {
+        for (float max_bias : { 0.0f, 8.0f }) {
+            for (bool sinks : { false, true }) {
+                for (bool transform : { false, true }) {
+                    for (mask_kind mask : { MASK_RANDOM, MASK_ALL }) {
+                        with([&](attn_case & c) {
+                            c.softcap = cap; c.max_bias = max_bias; c.sinks = sinks; c.transform = transform; c.mask = mask;
+                            c.n_head = 12; c.n_head_kv = 6; c.n_kv = 1025;
+                        });
+                        with([&](attn_case & c) {
+                            c.softcap = cap; c.max_bias = max_bias; c.sinks = sinks; c.transform = transform; c.mask = mask; c.n_tail = 0; c.n_sm = 1;
+                        });
+                    }
+                }
+            }
+        }
+    }
+    for (int n_sm : { 1, 16, 132, 1000 }) { // from no split to a tile per block
+        for (int64_t n_kv : { 65, 8192 }) {
+            with([&](attn_case & c) { c.n_sm = n_sm; c.n_kv = n_kv; });
+            with([&](attn_case & c) { c.n_sm = n_sm; c.n_kv = n_kv; c.n_head = 16; c.kt = P3; c.mask = MASK_SPARSE; });
+        }
+    }
+    for (pq_type kt : { P4, P3, P2 }) { // devices with little shared memory take two phases, in several rounds
+        for (int D : { 96, 128, 192, 256 }) {
+            for (int group : { 1, 4, 8 }) {
+                with([&](attn_case & c) {
+                    c.kt = kt; c.vt = P4; c.D = D; c.n_head = group; c.n_head_kv = 1; c.n_kv = 9000; c.n_sm = 2;
+                    c.smem = D > 128 ? 0 : 120 * 1024; c.mask = MASK_SPARSE;
+                });
+            }
+        }
+    }
+}
+
+// ---- plan ----
+
+static void test_plan() {
+    pq_cuda_device_props h200 = { 90, 132, 232448 };
+    for (int D : { 64, 80, 96, 128, 192, 256 }) {
+        for (int n_head_kv : { 1, 2, 5, 8, 32, 40, 64 }) {
+            for (int group : { 1, 4, 5, 8, 16 }) {
+                for (int n_q : { 1, 2, 8 }) {
+                    for (int64_t n_kv : { 0, 1, 255, 256, 4096, 32768, 131072, 1048576 }) {
+                        for (int t = 0; t < 4; t++) {
+                            for (int n_tail : { 0, 640, 2176 }) {
+                                pq_attn_params p = {};
+                                p.n_head = n_head_kv * group; p.n_head_kv = n_head_kv; p.n_stream = 1; p.n_q = n_q; p.n_kv = n_kv; p.tail.n = n_tail;
+                                p.k.type = (pq_type) (t % 3);
+                                p.v.type = (pq_type) (t == 3 ? 2 : t);
+                                p.k.D = p.v.D = D;
+                                check(!pq_cuda_attn_unsupported(p, h200), "D %d: unsupported", D);
+                                const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(p, h200);
+                                char name[128];
+                                snprintf(name, sizeof(name), "D %d heads %d x %d n_q %d n_kv %lld type %d tail %d", D, n_head_kv, group, n_q, (long long) n_kv, t, n_tail);
+                                check(plan.smem_bytes <= h200.smem_optin, "%s: %zu bytes of shared memory", name, plan.smem_bytes);
+                                check(plan.rows_per_block * plan.n_row_groups >= group * n_q, "%s: rows left over", name);
+                                check(plan.n_split * plan.cells_per_split >= n_kv && (plan.n_split - 1) * plan.cells_per_split < std::max<int64_t>(n_kv, 1), "%s: split %d x %lld",
+                                      name, plan.n_split, (long long) plan.cells_per_split);
+                                check(plan.n_split * plan.slots_per_split >= n_tail, "%s: slots left over", name);
+                                check(plan.n_blocks == n_head_kv * plan.n_row_groups * plan.n_split, "%s: %d blocks", name, plan.n_blocks);
+                                // a long context fills the device, and the scratch is that of the blocks, not of the context
+                                const int n_base = n_head_kv * plan.n_row_groups;
+                                const int waves = (plan.n_blocks + h200.n_sm - 1) / h200.n_sm;
+                                check(n_kv < 32768 || plan.n_blocks >= 0.85 * waves * h200.n_sm, "%s: %d blocks (%d heads) leave multiprocessors idle", name, plan.n_blocks, n_base);
+                                check(plan.scratch_bytes <= (size_t) plan.n_blocks * plan.rows_per_block * (2 * D + 4) * 4, "%s: %zu bytes of scratch", name, plan.scratch_bytes);
+                                check(!plan.two_phase || plan.score_tiles >= 1, "%s: no room for scores", name);
+                                check(plan.two_phase || D <= 128 || t == 1, "%s: tables of %d would not fit", name, D);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    pq_attn_params p = {};
+    p.n_head = 32; p.n_head_kv = 32; p.n_stream = 1; p.n_q = 1; p.n_kv = 32768; p.k.type = p.v.type = PQ_TYPE_PQ4; p.k.D = p.v.D = 128;
+    check(pq_cuda_attn_make_plan(p, h200).n_split == 4, "Llama-2-7B geometry at 32768: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
+    p.n_head_kv = 8;
+    check(pq_cuda_attn_make_plan(p, h200).n_split == 16, "Llama-3.1-8B geometry at 32768: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
+    const pq_cuda_device_props turing = { 75, 68, 65536 };
+    check(pq_cuda_attn_unsupported(p, turing) != nullptr, "7.5 is too old");
+    const pq_cuda_device_props ada = { 89, 128, 101376 };
+    check(!pq_cuda_attn_unsupported(p, ada) && pq_cuda_attn_make_plan(p, ada).two_phase && pq_cuda_attn_make_plan(p, ada).smem_bytes <= ada.smem_optin, "8.9 takes two phases");
+    p.k.D = 64;
+    check(pq_cuda_attn_unsupported(p, h200) != nullptr, "different head sizes");
+    p.k.D = 128;
+    p.n_q = PQ_CUDA_ATTN_MAX_N_Q + 1;
+    check(pq_cuda_attn_unsupported(p, h200) != nullptr, "too many query tokens");
+    p.n_q = 1;
+    p.k.row_stride = 6;
+    check(pq_cuda_attn_unsupported(p, h200) != nullptr, "pq4 rows at multiples of 2");
+    p.k.row_stride = 0;
+    p.k.type = p.v.type = PQ_TYPE_COUNT;
+    check(pq_cuda_attn_unsupported(p, h200) != nullptr, "no side holds codes");
+}
+
+// ---- benchmark ----
+
+__global__ void fill_random(uint32_t * x, size_t n, uint32_t seed) {
+    for (size_t i = blockIdx.x * (size_t) blockDim.x + threadIdx.x; i < n; i += (size_t) gridDim.x * blockDim.x) {
+        uint32_t h = (uint32_t) i * 0x9e3779b9u ^ (uint32_t) (i >> 32) ^ seed;
+        h ^= h >> 16; h *= 0x7feb352du; h ^= h >> 15; h *= 0x846ca68bu; h ^= h >> 16;
+        x[i] = h;
+    }
+}
+
+static float median(std::vector<float> v) {
+    std::sort(v.begin(), v.end());
+    return v[v.size() / 2];
+}
+
+static double copy_gb_s() {
+    const size_t n = (size_t) 2 << 30;
+    device_buf<uint8_t> a(n), b(n);
+    fill_random<<<1024, 256>>>((uint32_t *) a.p, n / 4, 1);
+    cudaEvent_t e0, e1;
+    CUDA(cudaEventCreate(&e0));
+    CUDA(cudaEventCreate(&e1));
+    std::vector<float> ms;
+    for (int i = 0; i < 12; i++) {
+        CUDA(cudaEventRecord(e0));
+        CUDA(cudaMemcpyAsync(b.p, a.p, n, cudaMemcpyDeviceToDevice));
+        CUDA(cudaEventRecord(e1));
+        CUDA(cudaEventSynchronize(e1));
+        float x;
+        CUDA(cudaEventElapsedTime(&x, e0, e1));
+        ms.push_back(x);
+    }
+    return 2.0 * (double) n / median(ms) * 1e-6;
+}
+
+struct bench_setup {
+    std::vector<device_buf<uint8_t>> buffers; // of all layers
+    std::vector<pq_attn_params>      layers;
+    pq_cuda_attn_plan                plan;
+    device_buf<uint8_t>              scratch;
+    device_buf<float>                q, dst;
+    device_buf<uint16_t>             mask, tail_mask;
+    double                           code_bytes = 0; // of a layer
+};
+
+// n_batch: sequences, each with a stream and a context of its own
+static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, int n_q, int n_batch, const pq_cuda_device_props & props, int max_layers) {
+    bench_setup b;
+    const int     D = 128, n_head = 32, H = mha ? 32 : 8, W = 128, n_tail = 640;
+    const int64_t n_kv = std::max<int64_t>((depth + 255) / 256 * 256, 256);
+    rng r(1);
+    // the last W tokens are in the tail; everything when there are no more
+    std::vector<uint16_t> mask((size_t) n_kv, F16_MINUS_INF), tail_mask(n_tail, F16_MINUS_INF);
+    for (int64_t i = 0; i < depth - W; i++) {
+        mask[i] = 0;
+    }
+    for (int i = 0; i < W; i++) {
+        tail_mask[(i + 300) % n_tail] = 0;
+    }
+    std::vector<uint16_t> mask_q, tail_mask_q;
+    for (int i = 0; i < n_q; i++) {
+        mask_q.insert(mask_q.end(), mask.begin(), mask.end());
+        tail_mask_q.insert(tail_mask_q.end(), tail_mask.begin(), tail_mask.end());
+    }
+    b.mask      = device_buf<uint16_t>(mask_q);
+    b.tail_mask = device_buf<uint16_t>(tail_mask_q);
+    std::vector<float> q((size_t) n_batch * n_head * n_q * D);
+    for (float & x : q) {
+        x = r.normal();
+    }
+    b.q   = device_buf<float>(q);
+    b.dst = device_buf<float>(q.size());
+
+    auto row_bytes = [&](pq_type t) { return t < PQ_TYPE_COUNT ? pq_head_bytes(t, D) * H : (size_t) D * 2 * H; };
+    b.code_bytes = (double) n_batch * (double) std::max<int64_t>(depth - W, 0) * (double) (row_bytes(kt) + row_bytes(vt));
+    const double layer_bytes = (double) n_batch * (double) n_kv * (double) (row_bytes(kt) + row_bytes(vt)) + 1.0;
+    const int    n_layer     = std::min(max_layers, std::max(2, std::min(32, (int) (3e9 / layer_bytes))));
+
+    host_side ck = {}, cv = {};
+    for (host_side * c : { &ck, &cv }) {
+        c->type = c == &ck ? kt : vt;
+        c->D = D;
+        c->H = H;
+        c->transform = c->coded();
+        if (c->coded()) {
+            make_codebook(*c, r);
+        }
+    }
+    for (int l = 0; l < n_layer; l++) {
+        auto random = [&](size_t n) {
+            b.buffers.emplace_back(n);
+            fill_random<<<1024, 256>>>((uint32_t *) b.buffers.back().p, n / 4, (uint32_t) b.buffers.size());
+            return b.buffers.back().p;
+        };
+        auto book = [&](const host_side & c) {
+            if (!c.coded()) {
+                return (uint8_t *) nullptr;
+            }
+            b.buffers.emplace_back(c.blocks);
+            return b.buffers.back().p;
+        };
+        pq_attn_params p = {};
+        p.n_head = n_head; p.n_head_kv = H; p.n_stream = n_batch; p.n_q = n_q; p.n_kv = n_kv;
+        auto side = [&](const host_side & c) {
+            pq_attn_side s = {};
+            s.type = c.type; s.D = D; s.has_transform = c.transform;
+            s.codebook = book(c);
+            s.row_stride    = row_bytes(c.type);
+            s.head_stride   = s.row_stride / H;
+            s.stream_stride = s.row_stride * n_kv;
+            s.data = random(s.stream_stride * n_batch);
+            if (!c.coded()) {
+                CUDA(cudaMemset((void *) s.data, 0x11, s.stream_stride * n_batch)); // random bits would hold NaN
+            }
+            return s;
+        };
+        p.k = side(ck);
+        p.v = side(cv);
+        p.q = (const uint8_t *) b.q.p;
+        p.q_token_stride = D * 4; p.q_head_stride = p.q_token_stride * n_q; p.q_stream_stride = p.q_head_stride * n_head;
+        p.mask = (const uint8_t *) b.mask.p;
+        p.mask_token_stride = n_kv * 2; p.mask_head_stride = p.mask_token_stride * n_q; p.mask_stream_stride = p.mask_head_stride;
+        p.n_head_mask = p.n_stream_mask = 1;
+        p.tail.n = n_tail;
+        const size_t tail_bytes = (size_t) n_batch * H * n_tail * D * 2;
+        for (const uint8_t ** x : { &p.tail.k, &p.tail.v }) {
+            uint8_t * y = random(tail_bytes);
+            CUDA(cudaMemset(y, 0x11, tail_bytes)); // random bits would hold NaN
+            *x = y;
+        }
+        p.tail.k_row_stride = p.tail.v_row_stride = (size_t) H * D * 2; // as the cache lays it out: [slots][n_head_kv][D]
+        p.tail.k_head_stride = p.tail.v_head_stride = D * 2;
+        p.tail.k_stream_stride = p.tail.v_stream_stride = p.tail.k_row_stride * n_tail;
+        p.tail.mask = (const uint8_t *) b.tail_mask.p;
+        p.tail.mask_token_stride = n_tail * 2;
+        p.scale = 1.0f / sqrtf((float) D);
+        p.dst = b.dst.p;
+        p.dst_head_stride = D * 4; p.dst_token_stride = p.dst_head_stride * n_head; p.dst_stream_stride = p.dst_token_stride * n_q;
+        b.layers.push_back(p);
+    }
+    b.plan    = pq_cuda_attn_make_plan(b.layers[0], props);
+    b.scratch = device_buf<uint8_t>(b.plan.scratch_bytes);
+    CUDA(cudaDeviceSynchronize());
+    return b;
+}
+
+static void bench_one(bool mha, int64_t depth, pq_type kt, pq_type vt, int n_q, int n_batch, const pq_cuda_device_props & props, double copy) {
+    bench_setup b = make_bench(mha, depth, kt, vt, n_q, n_batch, props, 1000);
+    cudaStream_t stream;
+    CUDA(cudaStreamCreate(&stream));
+    cudaGraph_t     graph;
+    cudaGraphExec_t exec;
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (const pq_attn_params & p : b.layers) {
+        CUDA(pq_cuda_attn(p, b.plan, b.scratch.p, stream));
+    }
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&exec, graph, 0));
+    cudaEvent_t e0, e1;
+    CUDA(cudaEventCreate(&e0));
+    CUDA(cudaEventCreate(&e1));
+    std::vector<float> us;
+    for (int i = 0; i < 23; i++) {
+        CUDA(cudaEventRecord(e0, stream));
+        CUDA(cudaGraphLaunch(exec, stream));
+        CUDA(cudaEventRecord(e1, stream));
+        CUDA(cudaEventSynchronize(e1));
+        float ms;
+        CUDA(cudaEventElapsedTime(&ms, e0, e1));
+        if (i >= 3) {
+            us.push_back(ms * 1e3f / (float) b.layers.size());
+        }
+    }
+    const float t = median(us);
+    const double gb_s = b.code_bytes / t * 1e-3;
+    printf("%-3s %-3s/%-3s n_q %d x %d  depth %8lld  split %3d  %9.2f us (min %.2f max %.2f)  %7.1f GB/s  %5.1f%% of copy\n", mha ? "7b" : "8b", type_names[kt], type_names[vt], n_q,
+           n_batch, (long long) depth, b.plan.n_split, t, *std::min_element(us.begin(), us.end()), *std::max_element(us.begin(), us.end()), gb_s, 100.0 * gb_s / copy);
+    fflush(stdout);
+    CUDA(cudaGraphExecDestroy(exec));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+}
+
+static pq_type parse_type(const char * s) {
+    for (int i = 0; i <= PQ_TYPE_COUNT; i++) {
+        if (!strcmp(s, type_names[i])) {
+            return (pq_type) i;
+        }
+    }
+    printf("found type '%s', need pq4, pq3, pq2 or f16\n", s);
+    exit(2);
+}
+
+int main(int argc, char ** argv) {
+    const std::string mode = argc > 1 ? argv[1] : "test";
+    if (mode == "plan") {
+        test_plan();
+        printf("%d checks, %d failed\n", n_checks, n_failed);
+        return n_failed ? 1 : 0;
+    }
+    pq_cuda_device_props props;
+    CUDA(pq_cuda_get_device_props(&props));
+    if (mode == "test") {
+        test_plan();
+        test(props);
+        printf("%d checks, %d failed; worst NMSE %.3g\n", n_checks, n_failed, worst_nmse);
+        return n_failed ? 1 : 0;
+    }
+    if (mode == "once" && argc == 5) {
+        const pq_type t = parse_type(argv[4]);
+        bench_setup b = make_bench(!strcmp(argv[2], "7b"), atoll(argv[3]), t, t, 1, 1, props, 2);
+        for (const pq_attn_params & p : b.layers) {
+            CUDA(pq_cuda_attn(p, b.plan, b.scratch.p, 0));
+        }
+        CUDA(cudaDeviceSynchronize());
+        return 0;
+    }
+    if (mode == "bench") {
+        const double copy = copy_gb_s();
+        cudaDeviceProp dp;
+        CUDA(cudaGetDeviceProperties(&dp, 0));
+        printf("%s, %d multiprocessors, copy %.0f GB/s\n", dp.name, props.n_sm, copy);
+        const pq_type all[] = { PQ_TYPE_PQ4, PQ_TYPE_PQ3, PQ_TYPE_PQ2 };
+        for (bool mha : { true, false }) {
+            if (argc > 2 && strcmp(argv[2], mha ? "7b" : "8b")) {
+                continue;
+            }
+            for (int64_t depth : { 0, 4096, 32768, 131072, 1048576 }) {
+                if ((argc > 3 && atoll(argv[3]) != depth) || (mha && depth > 131072)) {
+                    continue;
+                }
+                for (pq_type t : all) {
+                    if (argc > 4 && parse_type(argv[4]) != t) {
+                        continue;
+                    }
+                    bench_one(mha, depth, t, t, 1, 1, props, copy);
+                }
+            }
+            if (argc == 2) {
+                bench_one(mha, 32768, PQ_TYPE_PQ4, PQ_TYPE_PQ2, 1, 1, props, copy);
+                bench_one(mha, 32768, PQ_TYPE_PQ4, PQ_TYPE_COUNT, 1, 1, props, copy);
+                bench_one(mha, 32768, PQ_TYPE_PQ4, PQ_TYPE_PQ4, 2, 1, props, copy);
+                bench_one(mha, 32768, PQ_TYPE_PQ4, PQ_TYPE_PQ4, 8, 1, props, copy);
+                bench_one(mha, 8192, PQ_TYPE_PQ4, PQ_TYPE_PQ4, 1, 8, props, copy);
+            }
+        }
+        return 0;
+    }
+    printf("usage: pq-cuda-test [test | plan | bench [7b|8b [depth [type]]] | once 7b|8b depth type]\n");
+    return 2;
+}
