@@ -146,10 +146,13 @@ void llama_million_tail::assign(
         }
     }
 
+    // more tokens than positions (the tokens of an image share one): new ones go before old ones
+    if (std::count(st.cell_of_slot.begin(), st.cell_of_slot.end(), -1) < (int64_t) cells_new.size()) {
+        clear(strm);
+    }
     for (const uint32_t cell : cells_new) {
-        if (take(strm, cell) < 0) {
-            break; // the other tokens are read as codes
-        }
+        const int32_t slot = take(strm, cell);
+        GGML_ASSERT(slot >= 0 && "a tail has room for a micro-batch");
     }
 }
 
@@ -172,7 +175,7 @@ uint32_t llama_million_tail::n_used(const std::vector<int32_t> & strms) const {
 //
 
 ggml_tensor * llama_million_tail::new_storage(ggml_context * ctx, const ggml_tensor * cache) const {
-    return ggml_new_tensor_3d(ctx, GGML_TYPE_F16, cache->ne[0], n_slots_ + 1, streams.size());
+    return ggml_new_tensor_3d(ctx, GGML_TYPE_F16, cache->ne[0], n_slots_, streams.size());
 }
 
 ggml_tensor * llama_million_tail::view(ggml_context * ctx, ggml_tensor * storage, int64_t D, uint32_t n_used, uint32_t s0, uint32_t s1) const {
@@ -210,8 +213,7 @@ void llama_million_tail::fill_idxs(ggml_tensor * idxs, const std::vector<int32_t
     int64_t * dst = (int64_t *) t->data;
     for (size_t s = 0; s < strms.size(); ++s) {
         for (const uint32_t cell : cells[s]) {
-            const int32_t slot = slot_of(strms[s], cell);
-            *dst++ = (int64_t) strms[s]*(n_slots_ + 1) + (slot < 0 ? n_slots_ : slot);
+            *dst++ = (int64_t) strms[s]*n_slots_ + slot_of(strms[s], cell);
         }
     }
 }

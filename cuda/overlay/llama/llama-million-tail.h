@@ -5,7 +5,7 @@
 // it; the tokens of the micro-batch itself come on top. So a query always finds at least the n_tail most recent tokens, itself included,
 // exact, and a prompt attends to its own micro-batch exactly.
 //
-//     memory     k_tail, v_tail of a layer: F16 [D*n_head_kv, n_slots + 1, n_stream]; the last row takes what has no slot
+//     memory     k_tail, v_tail of a layer: F16 [D*n_head_kv, n_slots, n_stream]
 //     graph      tail K, V [D, n_used, n_head_kv, n_stream] ride on the views of the cache, tail_mask [n_used, n_q, 1, n_stream]
 //                on the mask, tail_idxs [n_tokens] on k_idxs and v_idxs (ggml-pq.h says where)
 //     host       which cell each slot holds, per stream
@@ -37,7 +37,7 @@ public:
     void clear(uint32_t strm);
 
     // Drops what has grown too old, and gives slots to tokens [i0, i0 + cells_new.size()) of the micro-batch, which
-    // `cells` holds already, in the cells `cells_new`.
+    // `cells` holds already, in the cells `cells_new`. Each of them gets one: their codes may be made from these rows.
     void assign(uint32_t strm, const llama_kv_cells & cells, const std::vector<uint32_t> & cells_new, const llama_ubatch & ubatch, uint32_t i0);
 
     int32_t slot_of(uint32_t strm, uint32_t cell) const { return streams[strm].slot_of_cell[cell]; } // -1: none
