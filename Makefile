@@ -2,7 +2,7 @@
 # make test                set up and run the whole test suite
 # make test-gpu            on a machine with a CUDA device: build for it, and run the tests that need one
 # make tools               llama.cpp's tools with the PQ cache types, in build/cmake/bin
-# make lint                ruff and mypy
+# make lint                ruff, mypy and import-linter
 # CMAKE_ARGS is passed to llama.cpp's build: make test CMAKE_ARGS=-DGGML_CUDA=ON
 
 VENV   ?= .venv
@@ -49,13 +49,17 @@ test-gpu: export CMAKE_ARGS += -DGGML_CUDA=ON
 test-gpu: $(VENV)/.package-cuda
 	$(BIN)/cmake --build build/cmake --target million-upstream-tests
 	$(BIN)/cmake -S cuda -B build/cuda -DMILLION_CUDA=ON
-	$(BIN)/cmake --build build/cuda --target pq-cuda-test --parallel
-	MILLION_REQUIRE_NATIVE=1 MILLION_TOOLS_DIR=$(CURDIR)/build/cmake/bin MILLION_CUDA_TEST=$(CURDIR)/build/cuda/pq-cuda-test \
+	$(BIN)/cmake --build build/cuda --target pq-cuda-test pq-cuda-codec-test --parallel
+	MILLION_REQUIRE_NATIVE=1 MILLION_TOOLS_DIR=$(CURDIR)/build/cmake/bin MILLION_CUDA_TESTS_DIR=$(CURDIR)/build/cuda \
 		$(BIN)/python -m pytest -m gpu
 
+# import-linter reads a folder that looks as the installed package does: bindings/ and converters/ inside million_gguf/
 lint: $(VENV)/.package
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	rm -rf build/lint && mkdir -p build/lint/million_gguf
+	ln -s $(CURDIR)/million_gguf/* $(CURDIR)/bindings $(CURDIR)/converters build/lint/million_gguf/
+	cd build/lint && PYTHONPATH=. $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
 clean:
 	rm -rf build $(VENV)

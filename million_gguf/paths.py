@@ -1,7 +1,7 @@
-"""Where the installed parts of the package lie: native libraries, vendored Python, packaged data.
+"""Where the installed parts of the package lie: native libraries, llama.cpp's programs, vendored Python, packaged data.
 
 In a wheel they are folders of the package. In an editable install the Python sources stay in the checkout while the
-build puts ``lib/`` and ``_vendor/`` into site-packages, so both places are searched. ``MILLION_LIB_DIR`` names a folder
+build puts ``lib/``, ``bin/`` and ``_vendor/`` into site-packages, so both places are searched. ``MILLION_LIB_DIR`` names a folder
 of libraries that goes before either; a ``_vendor`` folder beside it does too.
 """
 
@@ -22,7 +22,7 @@ _REBUILD = "install the package again ('pip install .' in a checkout builds them
 
 
 def _roots() -> Iterator[Path]:
-    """Folders that may hold ``lib/`` and ``_vendor/``, best first."""
+    """Folders that may hold ``lib/``, ``bin/`` and ``_vendor/``, best first."""
     chosen = os.environ.get(LIB_DIR_VARIABLE)
     if chosen:
         yield Path(os.path.abspath(chosen)).parent
@@ -63,6 +63,11 @@ def library(name: str) -> Path:
     return path
 
 
+def bin_dirs() -> list[Path]:
+    """Folders that may hold the programs of llama.cpp that ship with the package, best first."""
+    return [root / "bin" for root in _roots()]
+
+
 def vendor_dir(name: str = "") -> Path:
     """``_vendor`` or a folder in it: "llama_cpp" (llama-cpp-python's Python part) or "convert" (llama.cpp's converter).
 
@@ -92,3 +97,11 @@ def demo_model() -> Path:
     if not (folder / "config.json").is_file():
         raise InputError(f"the demo model is not at {folder}: run from a checkout, or give a model with --model")
     return folder
+
+
+def synthetic_model_program() -> Path:
+    """The program that makes models of random weights. Raises InputError outside a checkout."""
+    program = _CHECKOUT / "benchmarks" / "gpu" / "synthetic_gguf.py"
+    if not program.is_file():
+        raise InputError(f"synthetic models are made by {program}, which is not there: run from a checkout")
+    return program

@@ -19,7 +19,7 @@ from million_gguf import __version__
 from million_gguf.cli import build_parser
 
 Run = Callable[..., Result]
-COMMANDS = ("convert", "calibrate", "inspect", "chat", "demo")
+COMMANDS = ("convert", "calibrate", "inspect", "chat", "eval", "bench", "serve", "demo")
 
 
 def test_version(million: Run) -> None:
@@ -64,6 +64,12 @@ def test_every_option_is_explained() -> None:
         ("convert", "model", "-o", "out.gguf", "--outtype", "q9"),
         ("chat", "m.gguf", "-n", "0"),
         ("chat", "m.gguf", "-t", "0"),
+        ("eval", "m.gguf"),
+        ("bench", "m.gguf", "-d", "1,x"),
+        ("serve", "m.gguf", "--port", "70000"),
+        ("serve", "m.gguf", "--parallel", "0"),
+        ("eval", "m.gguf", "--text", "t.txt", "--json", "--csv"),
+        ("eval", "m.gguf", "--text", "t.txt", "--max-disk", "0"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(million: Run, args: tuple[str, ...]) -> None:
@@ -233,6 +239,13 @@ class Terminal:
             assert time.monotonic() < end, f"no {text!r} in {self._seen!r}"
             assert self._read(0.2), f"ended before {text!r}: {self._seen!r}"
         self._seen = self._seen.split(text, 1)[1]
+
+    def rest(self, seconds: float = 120) -> str:
+        """What comes until the program ends."""
+        end = time.monotonic() + seconds
+        while self._read(0.2):
+            assert time.monotonic() < end, f"no end after {self._seen!r}"
+        return self._seen
 
     def _read(self, seconds: float) -> bool:
         if select.select([self._master], [], [], seconds)[0]:

@@ -20,7 +20,7 @@ EXIT_FAULT = 2  # a fault of the input, as argparse's own errors
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 DEBUG_VARIABLE = "MILLION_DEBUG"
 
-_COMMANDS = ("convert", "calibrate", "inspect", "chat", "demo")
+_COMMANDS = ("convert", "calibrate", "inspect", "chat", "eval", "bench", "serve", "demo")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +37,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line. What follows "--" is the server's affair; argparse would take it for our own arguments."""
+    rest: list[str] = []
+    if argv[:1] == ["serve"] and "--" in argv:
+        at = argv.index("--")
+        argv, rest = argv[:at], argv[at + 1 :]
+    args = build_parser().parse_args(argv)
+    args.rest = rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a fault of the input, 130 for Ctrl-C."""
     debug = os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
@@ -44,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
-        args = build_parser().parse_args(argv)
+        args = _parse(sys.argv[1:] if argv is None else list(argv))
         code: int = args.run(args)
         sys.stdout.flush()
         return code

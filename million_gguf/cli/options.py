@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import container
+from ..bindings.cache_types import CacheType, parse
+from ..container import GGUFHeader
 from ..converters.gguf import DEFAULT_CTX, DEFAULT_TOKENS, DEFAULT_TYPES
+from ..progress import note
+
+DEFAULT_KV_TAIL = 128  # tokens that a PQ cache keeps exact
+_COMPARED_TYPES = ("f16", "q8_0", "q4_0")
 
 
 def at_least(least: int) -> Any:
@@ -87,3 +95,41 @@ def calibration_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "memory_bytes": None if args.memory is None else int(args.memory * (1 << 30)),
         "overwrite": args.force,
     }
+
+
+def add_compared_types(parser: argparse.ArgumentParser) -> None:
+    """Cache types to compare, and the tail of those that are PQ."""
+    parser.add_argument(
+        "--types",
+        type=lambda text: text.split(","),
+        metavar="LIST",
+        help=f"cache types, K/V for a pair: f16,q4_0,pq4,pq4/pq2 (default: {','.join(_COMPARED_TYPES)} and the PQ types "
+        "of the file)",
+    )
+    parser.add_argument(
+        "--kv-tail",
+        type=at_least(0),
+        default=DEFAULT_KV_TAIL,
+        metavar="N",
+        help="most recent tokens that a PQ cache also keeps exact (default: %(default)s; 0: none)",
+    )
+
+
+def compared_types(names: Sequence[str] | None, header: GGUFHeader) -> dict[str, tuple[CacheType, CacheType]]:
+    """The (K, V) types to compare, by the name that tables show; f16, which the others are compared with, comes first.
+
+    Raises InputError for an unknown type, FormatError when the file's codebooks are malformed.
+    """
+    if names is None:
+        names = list(_COMPARED_TYPES)
+        if container.has_codebooks(header):
+            names += container.read(header).types
+        else:
+            note(
+                "million: the file has no codebooks, so there are no PQ types to compare: 'million calibrate' adds them"
+            )
+    pairs = {"f16": parse("f16")}
+    for name in names:
+        k, v = parse(name.split("/"))
+        pairs[k.name if k == v else f"{k.name}/{v.name}"] = (k, v)
+    return pairs

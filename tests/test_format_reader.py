@@ -1,0 +1,177 @@
+"""A second reader of ``docs/format.md``: written from that page alone, with gguf-py and NumPy, and none of our readers.
+
+What it decodes must be what the native code decodes; so must the codes that it makes.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf import GGUFReader
+from helpers import make_set, rows_for, write_model
+
+from million_gguf import container, native
+
+# ---- the reader: nothing below this line, up to the next one, may use million_gguf ----
+
+TYPES = {"pq4": (2, 8), "pq3": (2, 6), "pq2": (4, 8)}  # dsub, nbits
+HEADER = struct.Struct("<4sIHHHHHHIII")
+
+
+@dataclass
+class Head:
+    """One KV head of a blob."""
+
+    mu: npt.NDArray[np.float64]  # [D]
+    T: npt.NDArray[np.float64]  # [D][D]
+    T_inv: npt.NDArray[np.float64]  # [D][D]
+    centroids: npt.NDArray[np.float64]  # [M][ksub][dsub]
+
+
+def value(reader: GGUFReader, key: str) -> Any:
+    return reader.fields[key].contents()
+
+
+def read_blob(text: str, name: str) -> list[Head]:
+    """The heads of a base64 string; none for an empty one."""
+    if not text:
+        return []
+    blob = base64.b64decode(text, validate=True)
+    magic, version, D, n_head_kv, M, dsub, nbits, flags, n_payload, crc, zero = HEADER.unpack(blob[:32])
+    payload = blob[32:]
+    assert (magic, version, zero) == (b"MPQB", 1, 0)
+    assert (dsub, nbits) == TYPES[name]
+    assert (M * dsub, len(payload), zlib.crc32(payload)) == (D, n_payload, crc)
+    assert flags in (0, 1)
+    heads, at = [], 0
+
+    def take(dtype: str, *shape: int) -> npt.NDArray[np.float64]:
+        nonlocal at
+        n = int(np.prod(shape))
+        found = np.frombuffer(payload, dtype, n, at).reshape(shape)
+        at += found.nbytes
+        return found.astype(np.float64)
+
+    for _ in range(n_head_kv):
+        mu = take("<f4", D)
+        T = take("<f2", D, D) if flags & 1 else np.eye(D)
+        centroids = take("<f2", M, 1 << nbits, dsub)
+        heads.append(Head(mu, T, np.linalg.inv(T).astype(np.float16).astype(np.float64), centroids))
+    assert at == n_payload
+    return heads
+
+
+def unpack(codes: npt.NDArray[np.uint8], M: int, nbits: int) -> list[int]:
+    """The codes of one head, from its bytes."""
+    bits = [codes[b // 8] >> (b % 8) & 1 for b in range(M * nbits)]
+    return [sum(int(bits[m * nbits + i]) << i for i in range(nbits)) for m in range(M)]
+
+
+def pack(codes: list[int], nbits: int) -> npt.NDArray[np.uint8]:
+    """The bytes of one head, from its codes."""
+    string = np.zeros(len(codes) * nbits // 8, dtype=np.uint8)
+    for m, code in enumerate(codes):
+        for i in range(nbits):
+            b = m * nbits + i
+            string[b // 8] |= (code >> i & 1) << (b % 8)
+    return string
+
+
+def decode(head: Head, codes: list[int]) -> npt.NDArray[np.float64]:
+    y = np.concatenate([head.centroids[m, code] for m, code in enumerate(codes)])
+    return y @ head.T_inv + head.mu
+
+
+def encode(head: Head, x: npt.NDArray[np.float32]) -> list[int]:
+    y = (x.astype(np.float16).astype(np.float64) - head.mu) @ head.T
+    M, _, dsub = head.centroids.shape
+    distances = ((head.centroids - y.reshape(M, 1, dsub)) ** 2).sum(axis=2)
+    return [int(code) for code in distances.argmin(axis=1)]  # the lowest of equals
+
+
+def fnv_1a(data: bytes) -> str:
+    digest = 0xCBF29CE484222325
+    for byte in data:
+        digest = (digest ^ byte) * 0x100000001B3 % (1 << 64)
+    return f"{digest:016x}"
+
+
+# ---- the comparison ----
+
+
+@pytest.fixture(params=[(8, False), (64, True), (80, True), (128, False)], ids=lambda p: f"D{p[0]}-T{int(p[1])}")
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A model with codebooks of every type, and one layer without KV cache."""
+    D, with_transform = request.param
+    model = write_model(tmp_path / "model.gguf", n_layer=3, n_head=4, n_head_kv=(2, 0, 1), D=D)
+    path = tmp_path / "pq.gguf"
+    container.embed(model, path, make_set(model, with_transform=with_transform))
+    return path
+
+
+def test_metadata(file: Path) -> None:
+    reader = GGUFReader(file)
+    assert value(reader, "million.version") == 1
+    assert value(reader, "million.types") == ["pq4", "pq3", "pq2"]
+    assert value(reader, "million.block_count") == value(reader, "llama.block_count") == 3
+    assert value(reader, "million.rope_freq_base") == value(reader, "llama.rope.freq_base")
+    assert value(reader, "million.calibration.tokens") == 4096
+    assert value(reader, "million.calibration.seed") == 7
+    assert value(reader, "million.calibration.text_digest") == "ab" * 32
+    assert value(reader, "million.calibration.tool") == "million-gguf test"
+    for name in TYPES:
+        for side in "kv":
+            assert value(reader, f"million.{name}.{side}.error") == [0.25, 0.0, 0.25]
+    norms = {t.name: t.data for t in reader.tensors if t.name.endswith(".attn_norm.weight")}
+    data = b"".join(norms[f"blk.{i}.attn_norm.weight"].astype("<f4").tobytes() for i in range(3))
+    assert value(reader, "million.model_digest") == fnv_1a(data)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_codes_mean_the_same(file: Path, name: str, side: str) -> None:
+    reason = native.unavailable()
+    if reason:
+        pytest.skip(reason)
+    reader = GGUFReader(file)
+    ours = container.read(file).types[name]
+    blobs = value(reader, f"million.{name}.{side}")
+    assert len(blobs) == 3 and blobs[1] == ""
+    dsub, nbits = TYPES[name]
+    for layer in (0, 2):
+        heads = read_blob(blobs[layer], name)
+        codebook = getattr(ours, side)[layer]
+        M, D = heads[0].centroids.shape[0], len(heads[0].mu)
+        n_bytes = D * nbits // dsub // 8
+        assert (len(heads), n_bytes) == (codebook.n_head_kv, codebook.head_bytes)
+
+        rng = np.random.default_rng(layer)
+        random = rng.integers(0, 256, (5, len(heads), n_bytes), dtype=np.uint8)  # every bit string is a row of codes
+        decoded = native.decode(codebook, random)
+        for row in range(len(random)):
+            for h, head in enumerate(heads):
+                codes = unpack(random[row, h], M, nbits)
+                assert pack(codes, nbits).tobytes() == random[row, h].tobytes()
+                want = decode(head, codes)
+                # the native code adds D products in f32
+                scale = np.abs(head.T_inv).sum(axis=0).max() * np.abs(head.centroids).max() + np.abs(head.mu).max()
+                np.testing.assert_allclose(decoded[row, h], want, rtol=0, atol=2e-6 * scale)
+
+        x = rows_for(codebook, 20, seed=layer)
+        encoded = native.encode(codebook, x)
+        equal = total = 0
+        for row in range(len(x)):
+            for h, head in enumerate(heads):
+                wanted, found = encode(head, x[row, h]), unpack(encoded[row, h], M, nbits)
+                equal += sum(a == b for a, b in zip(wanted, found, strict=True))
+                total += M
+        assert equal >= 0.999 * total, (equal, total)  # f32 may choose the other of two that are equally near

@@ -1,0 +1,135 @@
+"""On a CUDA device: the kernels by themselves, the ops against the CPU's, and a model against the CPU's. ``make test-gpu`` builds
+what is needed and runs these tests; elsewhere they are skipped.
+
+``MILLION_CUDA_TESTS_DIR`` names the folder of the kernels' test programs, ``MILLION_TOOLS_DIR`` that of llama.cpp's tools,
+built with CUDA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from million_gguf.spec import PQ_TYPES
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = ROOT / "converters" / "data" / "calibration.txt"
+DEVICE = "CUDA0"
+FALLBACK = "leaves an op to the CPU"  # what the backend logs when it does not take an op with PQ operands
+
+
+def _why_no_device() -> str | None:
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no CUDA driver (libcuda.so.1)"
+    count = ctypes.c_int(0)
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return "there is no CUDA device"
+    return None
+
+
+_REASON = _why_no_device()
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=_REASON or "")]
+
+
+def run(command: list[object], timeout: float = 1200) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, errors="replace")
+    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done
+
+
+def program(variable: str, name: str, target: str) -> Path:
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"{variable} is not set: 'make test-gpu' builds {name} and sets it")
+    path = Path(folder, name)
+    assert path.is_file(), f"{path} is missing: build the target {target}"
+    return path
+
+
+def kernel_test(name: str) -> Path:
+    return program("MILLION_CUDA_TESTS_DIR", name, name)
+
+
+def tool(name: str) -> Path:
+    return program("MILLION_TOOLS_DIR", name, "million-upstream-tests")
+
+
+# ---- kernels by themselves ----
+
+
+@pytest.mark.parametrize("name", ["pq-cuda-codec-test", "pq-cuda-test"])
+def test_kernels(name: str) -> None:
+    run([kernel_test(name)])
+
+
+@pytest.mark.parametrize("check", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("name", ["pq-cuda-codec-test", "pq-cuda-test"])
+def test_compute_sanitizer(name: str, check: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not there: it comes with the CUDA toolkit")
+    run([sanitizer, "--tool", check, "--error-exitcode", "1", kernel_test(name), "quick"], timeout=3600)
+
+
+# ---- ops: the same cases on CUDA and on the CPU ----
+
+
+@pytest.mark.parametrize("op", ["SET_ROWS", "CPY", "FLASH_ATTN_EXT"])
+def test_backend_ops(op: str) -> None:
+    done = run([tool("test-backend-ops"), "test", "-b", DEVICE, "-o", op, "-p", "pq"])
+    line = next(line for line in done.stdout.splitlines() if "tests passed" in line)
+    passed, total = (int(n) for n in line.split()[0].split("/"))
+    assert passed == total > 0
+    left = [line for line in done.stdout.splitlines() if "not supported" in line]
+    assert not left, "\n".join(left[:20])
+    assert FALLBACK not in done.stderr
+
+
+# ---- a model, end to end ----
+
+
+def perplexity(backend: str, model: Path, logits: Path, cache: str) -> str:
+    """``llama-perplexity``: writes the logits of an f16 cache, or compares those of another cache with them."""
+    where = ["-ngl", "0", "-dev", "none"] if backend == "CPU" else ["-ngl", "99"]
+    compare = [] if cache == "f16" else ["--kl-divergence"]
+    done = run(
+        [
+            *[tool("llama-perplexity"), "-m", model, "-f", TEXT, "-c", "512", "--chunks", "8", "-fa", "on"],
+            *["--kl-divergence-base", logits, *compare, "-ctk", cache, "-ctv", cache, *where],
+        ]
+    )
+    assert FALLBACK not in done.stderr + done.stdout
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def mean_kl(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], float]:
+    """Mean KL divergence of a cache type from f16, both on the same backend: so that it is the cache that is compared,
+    and not the matrix products."""
+    folder = tmp_path_factory.mktemp("logits")
+
+    def measure(backend: str, cache: str) -> float:
+        base = folder / f"{backend}.kld"
+        if not base.is_file():
+            perplexity(backend, demo_gguf, base, "f16")
+        text = perplexity(backend, demo_gguf, base, cache)
+        found = re.search(r"Mean\s+KLD:\s+([-\d.e]+)", text)
+        assert found, text[-2000:]
+        return float(found[1])
+
+    return measure
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("cache", PQ_TYPES)
+def test_cache_error_is_that_of_the_cpu(mean_kl: Callable[[str, str], float], cache: str) -> None:
+    assert mean_kl("CUDA", cache) == pytest.approx(mean_kl("CPU", cache), rel=0.02)
