@@ -30,6 +30,9 @@ DEFAULT_CTX = 2048
 DEFAULT_TEXT = "calibration.txt"
 
 _BYTES_PER_TOKEN = 64  # more of a text than this times the wanted tokens is not read: tokens average four bytes
+_HELD_BACK = 16  # one row of so many is not trained on. While all rows are kept, it is the end of the text that is not.
+# Rows that centroids are trained on: 128 for each of 256. The transform takes all rows: it is cheap, and gains from more text.
+_MAX_TRAINED = 32768
 _OTHER_TYPES = "run it with cache type f16 or q8_0"
 
 RECURRENT = ("mamba", "rwkv", "arwkv", "falcon_mamba")  # beginnings of architecture names, in GGUF and HF files
@@ -293,6 +296,10 @@ def _train(
         s.name: {K: [None] * n_layer, V: [None] * n_layer} for s in specs
     }
     errors: dict[str, dict[int, list[float]]] = {s.name: {K: [0.0] * n_layer, V: [0.0] * n_layer} for s in specs}
+    figures: dict[str, dict[int, dict[str, list[list[float]]]]] = {
+        s.name: {kind: {f: [[] for _ in range(n_layer)] for f in container.HEAD_FIGURES} for kind in (K, V)}
+        for s in specs
+    }
     coded = [i for i in range(rows.n_layer) if rows.shape(i, K) is not None and rows.shape(i, V) is not None]
     if not coded:
         raise MismatchError(
@@ -313,11 +320,21 @@ def _train(
                 metric = _query_metric(rows, shape, layer) if kind == K else _output_metric(header, shape, layer)
                 if metric is None:
                     plain[kind].append(layer)
+                n_held_back = max(1, sample.shape[0] // _HELD_BACK)
+                held_back, sample = sample[-n_held_back:], sample[:-n_held_back]
                 basis = transform.fit(sample, metric)
+                sample = sample[:: -(-sample.shape[0] // _MAX_TRAINED)]
                 for spec in specs:
-                    books[spec.name][kind][layer], errors[spec.name][kind][layer] = codebook.train_side(
+                    cb, error = codebook.train_side(
                         sample, spec, seed, T=basis.transform(spec.dsub), n_threads=n_threads or 0
                     )
+                    books[spec.name][kind][layer], errors[spec.name][kind][layer] = cb, error
+                    heads = figures[spec.name][kind]
+                    heads["spread"][layer] = basis.spread.tolist()
+                    # As many as were held back, so that both figures cost and scatter alike.
+                    trained_on = sample[:: max(1, sample.shape[0] // n_held_back)]
+                    for figure, some in (("trained", trained_on), ("measured", held_back)):
+                        heads[figure][layer] = codebook.head_errors(cb, some, n_threads=n_threads or 0).tolist()
                     bar.advance()
     for kind, what in ((K, "queries were captured"), (V, "output projection was found")):
         if plain[kind]:
@@ -328,7 +345,12 @@ def _train(
             )
     return {
         s.name: container.TypeCodebooks(
-            k=books[s.name][K], v=books[s.name][V], k_error=errors[s.name][K], v_error=errors[s.name][V]
+            k=books[s.name][K],
+            v=books[s.name][V],
+            k_error=errors[s.name][K],
+            v_error=errors[s.name][V],
+            k_heads=figures[s.name][K],
+            v_heads=figures[s.name][V],
         )
         for s in specs
     }

@@ -128,7 +128,7 @@ def train_side(
         if T16 is not None:
             y = y @ T16[h].astype(np.float32)
             T_inv = np.linalg.inv(T16[h].astype(np.float64))
-        x = np.ascontiguousarray(y.reshape(n, M, spec.dsub).transpose(1, 0, 2))
+        x = _split(y, spec.dsub)
         c = _solve(x, spec.ksub, np.random.default_rng([seed, h]), points_on, threads_each)
         # Values beyond f16 can only come from rows that far out; clipping keeps the codebook finite and valid.
         centroids[h] = np.clip(c, -_F16_MAX, _F16_MAX)
@@ -146,6 +146,32 @@ def train_side(
             pool.shutdown(cancel_futures=True)
             raise
     return Codebook(spec, mu, T16, centroids), error / power if power > 0.0 else 0.0
+
+
+def head_errors(cb: Codebook, rows: npt.NDArray[np.floating], *, n_threads: int = 0) -> F64:
+    """Error of each head on rows that need not be those of the training: f64 ``[n_head_kv]``.
+
+    Squared error over squared deviation from the codebook's mean, both in ``y = (x - mu) T``: where the transform comes
+    from a metric, the share of what the rows do to the model that coding loses. 0 where the rows do not deviate.
+
+    Args:
+        rows: f32 or f16 ``[n, n_head_kv, D]``.
+    """
+    out = np.zeros(cb.n_head_kv)
+    for h in range(cb.n_head_kv):
+        y = rows[:, h].astype(np.float32) - cb.mu[h]
+        if cb.T is not None:
+            y = y @ cb.T[h].astype(np.float32)
+        points = _CpuPoints(_split(y, cb.spec.dsub), native.thread_count(n_threads))
+        deviation = np.square(y, dtype=np.float64).sum()
+        if deviation > 0.0:
+            out[h] = points.lloyd(y.shape[0], cb.centroids[h].astype(np.float32))[2].sum() / deviation
+    return out
+
+
+def _split(y: F32, dsub: int) -> F32:
+    """Rows ``[n, D]`` of one head -> points ``[M, n, dsub]``, contiguous."""
+    return np.ascontiguousarray(y.reshape(y.shape[0], -1, dsub).transpose(1, 0, 2))
 
 
 def _centered(rows: npt.NDArray[np.floating]) -> tuple[F32, F32, float]:

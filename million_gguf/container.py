@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -44,6 +45,14 @@ _BLOB_HEADER = struct.Struct(
     "<4sI6HIII"
 )  # magic, version, D, n_head_kv, M, dsub, nbits, flags, payload bytes, crc32, 0
 _BLOB_TRANSFORM = 1  # flag: a transform is stored
+# What is recorded per layer and KV head beside each codebook, for people: no program needs it to run the model.
+# Errors are squared error over squared deviation in y, where an error costs what it costs the model (transform.py).
+HEAD_FIGURES = {
+    "spread": "arithmetic over geometric mean of the variances along the axes of the transform",
+    "trained": "error on rows that the codebook was trained on",
+    "measured": "error on rows that were held back",
+}
+
 _RECALIBRATE = "calibrate again with 'million calibrate'"
 
 # T is accepted up to this condition number (infinity norm, cheap beside the inverse). The kernels apply T and T^-1 in
@@ -485,12 +494,17 @@ class TypeCodebooks:
 
     ``k_error`` and ``v_error`` are, per layer, the sum of squared errors over the sum of squared deviations from the
     mean, measured on the calibration rows; 0 for an empty layer.
+
+    ``k_heads`` and ``v_heads`` hold figures per layer and KV head (``HEAD_FIGURES``) by name; empty when the file was
+    calibrated by a program that did not record them.
     """
 
     k: list[Codebook | None]
     v: list[Codebook | None]
     k_error: list[float]
     v_error: list[float]
+    k_heads: dict[str, list[list[float]]] = field(default_factory=dict)
+    v_heads: dict[str, list[list[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -525,6 +539,8 @@ class CodebookSet:
                 for i, e in enumerate(errors):
                     if not (math.isfinite(e) and e >= 0.0):
                         raise MismatchError(f"blk.{i} {what} {name}: found error {e}, need a finite number >= 0")
+            _check_head_figures(f"{name} K", t.k, t.k_heads)
+            _check_head_figures(f"{name} V", t.v, t.v_heads)
             for i, (k, v) in enumerate(zip(t.k, t.v, strict=True)):
                 if (k is None) != (v is None):
                     raise MismatchError(
@@ -535,6 +551,15 @@ class CodebookSet:
                         raise MismatchError(f"blk.{i} {what}: found a codebook of {cb.spec.name} among those of {name}")
             if all(k is None for k in t.k):
                 raise MismatchError(f"{name}: found no layer with a codebook, need at least one")
+
+
+def _check_head_figures(what: str, codebooks: list[Codebook | None], heads: dict[str, list[list[float]]]) -> None:
+    want = [0 if cb is None else cb.n_head_kv for cb in codebooks]
+    for figure, values in heads.items():
+        if figure not in HEAD_FIGURES or [len(x) for x in values] != want:
+            raise MismatchError(f"{what} {figure}: found figures of {[len(x) for x in values]} heads, need {want}")
+        if not all(math.isfinite(x) and x >= 0.0 for layer in values for x in layer):
+            raise MismatchError(f"{what} {figure}: found a negative or infinite figure, need finite ones >= 0")
 
 
 def _kv_bytes(cs: CodebookSet) -> list[bytes]:
@@ -579,6 +604,10 @@ def _kv_bytes(cs: CodebookSet) -> list[bytes]:
         out.append(array(f"{name}.v", GGUFValueType.STRING, blobs(t.v)))
         out.append(array(f"{name}.k.error", GGUFValueType.FLOAT32, floats(t.k_error)))
         out.append(array(f"{name}.v.error", GGUFValueType.FLOAT32, floats(t.v_error)))
+        for side, heads in (("k", t.k_heads), ("v", t.v_heads)):
+            for figure, values in heads.items():
+                flat = [x for layer in values for x in layer]
+                out.append(array(f"{name}.{side}.head.{figure}", GGUFValueType.FLOAT32, floats(flat)))
     return out
 
 
@@ -668,15 +697,27 @@ def _read(h: GGUFHeader) -> CodebookSet:
             out.append(blob_to_codebook(blob, PQ_TYPES[name], where))
         return out
 
-    types = {
-        name: TypeCodebooks(
-            k=codebooks(name, "k"),
-            v=codebooks(name, "v"),
+    def head_figures(name: str, side: str, layers: list[Codebook | None]) -> dict[str, list[list[float]]]:
+        sizes = [0 if cb is None else cb.n_head_kv for cb in layers]
+        out: dict[str, list[list[float]]] = {}
+        for figure in HEAD_FIGURES:
+            key = f"{name}.{side}.head.{figure}"
+            if PREFIX + key in h.kv:
+                values = iter(get_array(key, GGUFValueType.FLOAT32, sum(sizes)))
+                out[figure] = [list(islice(values, n)) for n in sizes]
+        return out
+
+    types = {}
+    for name in names:
+        k, v = codebooks(name, "k"), codebooks(name, "v")
+        types[name] = TypeCodebooks(
+            k=k,
+            v=v,
             k_error=get_array(f"{name}.k.error", GGUFValueType.FLOAT32, block_count),
             v_error=get_array(f"{name}.v.error", GGUFValueType.FLOAT32, block_count),
+            k_heads=head_figures(name, "k", k),
+            v_heads=head_figures(name, "v", v),
         )
-        for name in names
-    }
     calibration = Calibration(
         tokens=get("calibration.tokens", GGUFValueType.UINT64),
         text_digest=get("calibration.text_digest", GGUFValueType.STRING),

@@ -48,9 +48,13 @@ __device__ __forceinline__ pq_encode_head pq_encode_get_head(const pq_encode_sid
     return h;
 }
 
+__device__ __forceinline__ const uint8_t * pq_encode_row(const pq_encode_params & p, int64_t row, int head) {
+    return (const uint8_t *) p.x + (p.x_idx ? p.x_idx[row] : row) * p.x_row_stride + head * p.x_head_stride;
+}
+
 // element i of the row of `head`, as an f16 cache would hold it
 __device__ __forceinline__ __half pq_encode_load_x(const pq_encode_params & p, int64_t row, int head, int i) {
-    const uint8_t * x = (const uint8_t *) p.x + row * p.x_row_stride + head * p.x_head_stride;
+    const uint8_t * x = pq_encode_row(p, row, head);
     return p.x_f16 ? ((const __half *) x)[i] : __float2half_rn(((const float *) x)[i]);
 }
 
@@ -328,7 +332,7 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
         union { uint4 u; __half2 h[4]; } v;
         v.u = make_uint4(0, 0, 0, 0);
         if (r < n_rows && k < p.D) {
-            const uint8_t * x = (const uint8_t *) p.x + (row0 + r) * p.x_row_stride + head * p.x_head_stride;
+            const uint8_t * x = pq_encode_row(p, row0 + r, head);
             if (p.x_f16) {
                 v.u = *(const uint4 *) (x + k * sizeof(__half));
             } else {
@@ -739,6 +743,22 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
         __syncthreads();
         pq_encode_store<TYPE>(side, head, col0, n_cols, row0, n_rows, &s.codes[0][0]);
         __syncthreads(); // codes and x are free
+    }
+}
+
+// ---- rows to the tail alone ----
+
+// grid: (n_rows, sides)
+__global__ void __launch_bounds__(PQ_ENCODE_THREADS) pq_write_tail_kernel(const __grid_constant__ pq_encode_sides sides) {
+    const pq_encode_params & p = sides.side[blockIdx.y].p;
+    const int64_t row = blockIdx.x;
+    pq_pdl_wait();
+    pq_pdl_launch_next();
+    if (row >= p.n_rows) {
+        return;
+    }
+    for (int i = threadIdx.x; i < p.n_head_kv * p.D; i += PQ_ENCODE_THREADS) {
+        pq_encode_store_tail(p, i / p.D, i % p.D, row, pq_encode_load_x(p, row, i / p.D, i % p.D));
     }
 }
 

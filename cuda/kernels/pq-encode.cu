@@ -26,11 +26,30 @@ static bool tile_ok(const pq_encode_params & p) {
     return ((uintptr_t) p.x | p.x_row_stride | p.x_head_stride | (uintptr_t) p.tail | p.tail_row_stride) % 16 == 0;
 }
 
+static pq_encode_sides make_sides(const pq_encode_params * params, int n_sides) {
+    pq_encode_sides sides = {};
+    for (int i = 0; i < n_sides; i++) {
+        sides.side[i].p          = params[i];
+        sides.side[i].layout     = pq_get_codebook_layout(params[i].type, params[i].D, params[i].has_transform);
+        sides.side[i].head_bytes = pq_head_bytes(params[i].type, params[i].D);
+    }
+    return sides;
+}
+
+cudaError_t pq_cuda_write_tail(const pq_encode_params * params, int n_sides, cudaStream_t stream) {
+    if (n_sides < 1 || n_sides > 2) {
+        return cudaErrorInvalidValue;
+    }
+    const int64_t n_rows = std::max(params[0].n_rows, params[n_sides - 1].n_rows);
+    return n_rows == 0 ? cudaSuccess :
+        pq_launch(pq_write_tail_kernel, dim3((unsigned) n_rows, n_sides), PQ_ENCODE_THREADS, 0, stream, make_sides(params, n_sides));
+}
+
 cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStream_t stream) {
     if (n_sides < 1 || n_sides > 2) {
         return cudaErrorInvalidValue;
     }
-    pq_encode_sides sides = {};
+    const pq_encode_sides sides = make_sides(params, n_sides);
     int     n_heads = 0;
     int     max_D   = 0;
     int64_t n_rows  = 0;
@@ -38,9 +57,6 @@ cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStr
         if (!pq_head_size_ok(params[i].D) || params[i].type >= PQ_TYPE_COUNT) {
             return cudaErrorInvalidValue;
         }
-        sides.side[i].p          = params[i];
-        sides.side[i].layout     = pq_get_codebook_layout(params[i].type, params[i].D, params[i].has_transform);
-        sides.side[i].head_bytes = pq_head_bytes(params[i].type, params[i].D);
         n_heads += params[i].n_head_kv;
         max_D    = std::max(max_D, (int) params[i].D);
         n_rows   = std::max(n_rows, params[i].n_rows);

@@ -455,7 +455,7 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
     }
     const double nmse = ref2 == 0.0 ? err2 : err2 / ref2;
     worst_nmse = nmse > worst_nmse ? nmse : worst_nmse;
-    check(nmse <= 1e-5, "%s: NMSE %.3g (split %d, two phases %d)", c.name().c_str(), nmse, plan.n_split, plan.two_phase);
+    check(nmse <= 1e-5, "%s: NMSE %.3g (split %d, kernel %d)", c.name().c_str(), nmse, plan.n_split, (int) plan.kernel);
     for (size_t i = 0; i < got.size(); i++) {
         if (!std::isfinite(got[i])) {
             check(false, "%s: element %zu was not written or is not finite", c.name().c_str(), i);
@@ -578,8 +578,9 @@ static void test_plan() {
                                 const int waves = (plan.n_blocks + h200.n_sm - 1) / h200.n_sm;
                                 check(n_kv < 32768 || plan.n_blocks >= 0.85 * waves * h200.n_sm, "%s: %d blocks (%d heads) leave multiprocessors idle", name, plan.n_blocks, n_base);
                                 check(plan.scratch_bytes <= (size_t) plan.n_blocks * plan.rows_per_block * (2 * D + 4) * 4, "%s: %zu bytes of scratch", name, plan.scratch_bytes);
-                                check(!plan.two_phase || plan.score_tiles >= 1, "%s: no room for scores", name);
-                                check(plan.two_phase || D <= 128 || t == 1, "%s: tables of %d would not fit", name, D);
+                                check(plan.kernel != PQ_CUDA_ATTN_TWO_PHASES || plan.score_tiles >= 1, "%s: no room for scores", name);
+                                check((plan.kernel == PQ_CUDA_ATTN_TWO_PHASES) == (D > 128), "%s: kernel %d", name, (int) plan.kernel);
+                                check((plan.kernel == PQ_CUDA_ATTN_128) == (D == 128), "%s: kernel %d", name, (int) plan.kernel);
                             }
                         }
                     }
@@ -595,7 +596,7 @@ static void test_plan() {
     const pq_cuda_device_props turing = { 75, 68, 65536 };
     check(pq_cuda_attn_unsupported(p, turing) != nullptr, "7.5 is too old");
     const pq_cuda_device_props ada = { 89, 128, 101376 };
-    check(!pq_cuda_attn_unsupported(p, ada) && pq_cuda_attn_make_plan(p, ada).two_phase && pq_cuda_attn_make_plan(p, ada).smem_bytes <= ada.smem_optin, "8.9 takes two phases");
+    check(!pq_cuda_attn_unsupported(p, ada) && pq_cuda_attn_make_plan(p, ada).kernel == PQ_CUDA_ATTN_TWO_PHASES && pq_cuda_attn_make_plan(p, ada).smem_bytes <= ada.smem_optin, "8.9 takes two phases");
     p.k.D = 64;
     check(pq_cuda_attn_unsupported(p, h200) != nullptr, "different head sizes");
     p.k.D = 128;

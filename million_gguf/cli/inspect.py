@@ -12,6 +12,7 @@ from .. import container
 from ..container import CodebookSet, GGUFHeader
 from ..pq_ref import Codebook
 
+_N_WORST = 5  # heads that are named
 _PIPE_WIDTH = 120  # columns when the output is not a terminal
 
 
@@ -84,6 +85,8 @@ def _codebooks(header: GGUFHeader, books: CodebookSet, shape: container.ModelSha
                 "transform": any(cb is not None and cb.T is not None for cb in (*t.k, *t.v)),
                 "k_error": [None if cb is None else e for cb, e in zip(t.k, t.k_error, strict=True)],
                 "v_error": [None if cb is None else e for cb, e in zip(t.v, t.v_error, strict=True)],
+                "k_heads": t.k_heads,
+                "v_heads": t.v_heads,
             }
             for name, t in books.types.items()
         },
@@ -148,6 +151,10 @@ def _print_tables(facts: dict[str, Any]) -> None:
         )
     console.print(types)
 
+    if any(t["k_heads"] for t in books["types"].values()):
+        for name, t in books["types"].items():
+            _print_heads(console, name, t)
+        return
     layers = Table(box=box.SIMPLE, title="Error per layer: squared error over variance", title_justify="left")
     layers.add_column("layer", justify="right")
     for name in books["types"]:
@@ -157,6 +164,45 @@ def _print_tables(facts: dict[str, Any]) -> None:
         cells = [_error(t[side][i]) for t in books["types"].values() for side in ("k_error", "v_error")]
         layers.add_row(str(i), *cells)
     console.print(layers)
+
+
+def _print_heads(console: Any, name: str, facts: dict[str, Any]) -> None:
+    """Means over the heads of each layer, and the heads that stand out."""
+    from rich import box
+    from rich.table import Table
+
+    console.print(
+        f"{name}, means over the heads of a layer. spread: of the variances along the axes of the transform (arithmetic\n"
+        "over geometric mean). error: of the scores (K) and of the attention's output (V), squared over variance, on rows\n"
+        "that were trained on and on rows that were not."
+    )
+    table = Table(box=box.SIMPLE)
+    table.add_column("layer", justify="right")
+    sides = [(side, facts[f"{side.lower()}_heads"]) for side in "KV" if facts[f"{side.lower()}_heads"]]
+    for side, heads in sides:
+        for figure in heads:
+            table.add_column(f"{side} {figure}", justify="right")
+    layers = range(len(next(iter(sides[0][1].values()))))
+    for i in layers:
+        cells = []
+        for _, heads in sides:
+            for figure, values in heads.items():
+                mean = _mean(list(values[i]))
+                cells.append("-" if mean is None else f"{mean:.1f}" if figure == "spread" else f"{mean:.5f}")
+        table.add_row(str(i), *cells)
+    console.print(table)
+    ranked = sorted(
+        (
+            (error, side, i, h)
+            for side, heads in sides
+            for i in layers
+            for h, error in enumerate(heads.get("measured", [[]] * len(layers))[i])
+        ),
+        reverse=True,
+    )
+    if ranked:
+        worst = ", ".join(f"blk.{i} {side} head {h} ({e:.5f})" for e, side, i, h in ranked[:_N_WORST])
+        console.print(f"{name}: largest measured errors: {worst}\n", soft_wrap=True)
 
 
 def _mean(values: list[float | None]) -> float | None:

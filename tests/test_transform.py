@@ -1,0 +1,278 @@
+"""Transforms: they measure errors in the metric that they are given, balance their subspaces, and always fit f16."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf import GGUFValueType as VT
+from gguf_edit import edit, encoded
+from helpers import make_codebook, make_set, rows_for, write_model
+from million_gguf.converters import gguf as converter
+
+from million_gguf import codebook, container, transform
+from million_gguf.errors import FormatError, InputError, MismatchError
+from million_gguf.spec import PQ_TYPES
+
+
+def correlated(n: int, n_head_kv: int, D: int, decay: float = 0.8, seed: int = 0) -> np.ndarray:
+    """Rows f32 ``[n, n_head_kv, D]`` with variances 1, decay^2, decay^4, ... along random axes, and a mean."""
+    rng = np.random.default_rng(seed)
+    axes = np.linalg.qr(rng.standard_normal((n_head_kv, D, D)))[0]
+    x = rng.standard_normal((n, n_head_kv, D)) * decay ** np.arange(D)
+    return (np.einsum("nhd,hde->nhe", x, axes) + rng.standard_normal((n_head_kv, D))).astype(np.float32)
+
+
+def test_the_query_metric_is_the_squared_score_error() -> None:
+    rng = np.random.default_rng(0)
+    queries = correlated(500, 6, 16)  # two KV heads, three queries each
+    metric = transform.query_metric(queries, 2)
+    e = rng.standard_normal((2, 16))
+    for h in range(2):
+        scores = queries[:, 3 * h : 3 * h + 3].astype(np.float64) @ e[h]
+        assert e[h] @ metric[h] @ e[h] == pytest.approx(np.square(scores).mean())
+
+
+def test_the_output_metric_is_the_squared_error_of_the_attention_block() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((20, 6 * 8)).astype(np.float32)  # [n_embd, n_head * D]
+    metric = transform.output_metric(weight, 2, 8)
+    e = rng.standard_normal((2, 8))
+    for h in range(2):
+        # the same error in the value of a KV head reaches the output through each of its query heads
+        out = [weight.astype(np.float64)[:, (3 * h + g) * 8 :][:, :8] @ e[h] for g in range(3)]
+        assert e[h] @ metric[h] @ e[h] == pytest.approx(sum(np.square(o).sum() for o in out))
+
+
+def test_an_error_in_y_costs_what_the_metric_says() -> None:
+    metric = transform.query_metric(correlated(400, 2, 16, seed=1), 2)
+    T = transform.fit(correlated(400, 2, 16), metric).transform(2).astype(np.float64)
+    e = np.random.default_rng(2).standard_normal((100, 16))
+    for h in range(2):
+        ratio = np.square(e @ T[h]).sum(axis=1) / np.einsum("ni,ij,nj->n", e, metric[h], e)
+        assert ratio.max() / ratio.min() < 1.05  # the ridge and f16 are what is left
+
+
+def test_the_axes_do_not_correlate() -> None:
+    rows = correlated(2000, 2, 16)
+    basis = transform.fit(rows, transform.query_metric(correlated(400, 4, 16, seed=1), 2))
+    for h in range(2):
+        y = (rows[:, h] - rows[:, h].mean(axis=0)) @ basis.axes[h]
+        covariance = y.T @ y / len(y)
+        assert np.allclose(np.diag(covariance), basis.variance[h], rtol=1e-3)
+        deviation = np.sqrt(np.diag(covariance))
+        assert np.abs(covariance / np.outer(deviation, deviation) - np.eye(16)).max() < 1e-3
+        assert (np.diff(basis.variance[h]) <= 0).all()
+
+
+def test_spread_is_arithmetic_over_geometric_mean() -> None:
+    variance = np.array([[8.0, 4.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
+    basis = transform.Basis(np.broadcast_to(np.eye(4), (3, 4, 4)), variance)
+    assert basis.spread == pytest.approx([3.75 / 64**0.25, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("dsub", [2, 4])
+def test_subspaces_carry_the_same_load(dsub: int) -> None:
+    """Variances in geometric progression pair up exactly; random ones to within the largest step."""
+    geometric = 0.5 ** np.arange(16.0)
+    order = transform.balanced_order(geometric, dsub)
+    assert sorted(order) == list(range(16))
+    loads = np.log2(geometric[order]).reshape(-1, dsub).sum(axis=1)
+    assert np.ptp(loads) <= (0 if dsub == 2 else 2)
+    variance = np.random.default_rng(0).lognormal(0, 2, 64)
+    loads = np.log(variance[transform.balanced_order(variance, dsub)]).reshape(-1, dsub).sum(axis=1)
+    unordered = np.log(variance).reshape(-1, dsub).sum(axis=1)
+    assert loads.std() < 0.5 * unordered.std()
+
+
+@pytest.mark.parametrize("name", PQ_TYPES)
+def test_less_error_at_the_same_bits(name: str) -> None:
+    """What it is for: on correlated rows whose directions differ in cost, the cost falls to less than half."""
+    spec = PQ_TYPES[name]
+    rows, held_back = np.split(correlated(3000, 1, 16), [2500])
+    metric = transform.query_metric(correlated(400, 1, 16, seed=1), 1)
+    costs = []
+    for T in (None, transform.fit(rows, None).transform(spec.dsub), transform.fit(rows, metric).transform(spec.dsub)):
+        cb, _ = codebook.train_side(rows, spec, 0, T=T, device="cpu")
+        y = held_back[:, 0] - cb.mu[0] if cb.T is None else (held_back[:, 0] - cb.mu[0]) @ cb.T[0].astype(np.float32)
+        e = codebook._CpuPoints(codebook._split(y.astype(np.float32), spec.dsub), 1)
+        residual = e.residuals(cb.centroids[0].astype(np.float32)).transpose(1, 0, 2).reshape(len(y), -1)
+        error = residual if cb.T is None else residual @ np.linalg.inv(cb.T[0].astype(np.float64))
+        costs.append(np.einsum("ni,ij,nj->", error, metric[0], error))
+    plain, axes_only, in_the_metric = costs
+    assert in_the_metric < axes_only < plain
+    assert in_the_metric < 0.5 * plain
+
+
+def test_outlier_channels_change_nothing() -> None:
+    """Scaling channels up, and what they meet down, is undone by the metric: the error stays what it was."""
+    spec = PQ_TYPES["pq4"]
+    rows, queries = correlated(2000, 1, 16), correlated(400, 1, 16, seed=1)
+    scale = np.ones(16, np.float32)
+    scale[[3, 8]] = 30.0
+    errors = []
+    for s in (np.float32(1.0), scale):
+        basis = transform.fit(rows * s, transform.query_metric(queries / s, 1))
+        cb, _ = codebook.train_side(rows * s, spec, 0, T=basis.transform(spec.dsub), device="cpu")
+        errors.append(codebook.head_errors(cb, rows * s)[0])
+    assert errors[1] < 1.1 * errors[0]
+
+
+@pytest.mark.parametrize("dsub", [2, 4])
+def test_awkward_rows_and_metrics_give_a_map_that_every_reader_takes(dsub: int) -> None:
+    name = "pq4" if dsub == 2 else "pq2"
+    rng = np.random.default_rng(0)
+    D = 64
+    normal = rng.standard_normal((400, 1, D)).astype(np.float32)
+    one_query = transform.query_metric(np.repeat(normal[:1], 3, axis=0), 1)
+    channels = np.diag(10.0 ** np.linspace(-8, 8, D))[None]
+    for rows, metric in (
+        (np.full((400, 1, D), 3.25, np.float32), None),
+        (normal, one_query),  # rank 1
+        (normal, np.zeros((1, D, D))),
+        (normal, channels),
+        (normal * 10.0 ** np.linspace(-4, 4, D, dtype=np.float32), np.diag(10.0 ** np.linspace(8, -8, D))[None]),
+        (normal * 3e4, None),
+        (normal * 1e-4, one_query * 1e12),
+    ):
+        T = transform.fit(rows, metric).transform(dsub)
+        cb = dataclasses.replace(make_codebook(name, D, 1), T=T)
+        container.codebook_to_blob(cb)  # refuses what a reader would refuse
+        assert np.abs(np.linalg.inv(T[0].astype(np.float64))).max() < 6e4
+
+
+def test_refuses_what_does_not_fit() -> None:
+    rows = correlated(50, 2, 8)
+    nan = rows.copy()
+    nan[3, 1, 2] = np.nan
+    for error, message, call in [
+        (MismatchError, "the metric is", lambda: transform.fit(rows, np.zeros((1, 8, 8)))),
+        (InputError, "rows with NaN", lambda: transform.fit(nan, None)),
+        (InputError, "queries with NaN", lambda: transform.query_metric(nan, 2)),
+        (MismatchError, "a multiple of 3 heads", lambda: transform.query_metric(rows, 3)),
+        (MismatchError, "need at least one", lambda: transform.query_metric(rows[:0], 2)),
+        (MismatchError, "20 columns", lambda: transform.output_metric(np.zeros((4, 20)), 2, 8)),
+        (InputError, "projection with NaN", lambda: transform.output_metric(np.full((4, 16), np.nan), 2, 8)),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+
+
+# ---- where the output projection comes from ----
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_output_projection_of_a_file(tmp_path: Path, quantized: bool) -> None:
+    from gguf import GGUFReader, GGUFWriter, quants
+
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((32, 32)).astype(np.float32)
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_embedding_length(32)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    kind = GGMLQuantizationType.Q8_0 if quantized else GGMLQuantizationType.F16
+    writer.add_tensor("blk.0.attn_output.weight", quants.quantize(weight, kind), raw_dtype=kind)
+    writer.add_tensor("blk.1.attn_output.weight", weight[:, :24].copy())  # of another width than the heads
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with container.GGUFHeader(tmp_path / "m.gguf") as header:
+        shape = container.model_shape(header)
+        found = converter._output_metric(header, shape, 0)
+        assert converter._output_metric(header, shape, 1) is None
+    assert found is not None
+    assert np.allclose(found, transform.output_metric(weight, 2, 8), rtol=0.05, atol=0.5)
+    stored = quants.dequantize(GGUFReader(tmp_path / "m.gguf").tensors[0].data, kind)
+    assert np.allclose(found, transform.output_metric(stored, 2, 8))
+
+
+def test_a_model_without_output_projection_has_no_metric(tiny: Path) -> None:
+    with container.GGUFHeader(tiny) as header:
+        assert converter._output_metric(header, container.model_shape(header), 0) is None
+
+
+# ---- figures per head ----
+
+
+def test_head_errors_are_those_of_the_definition() -> None:
+    cb = make_codebook("pq4", 16, 2, with_transform=True)
+    rows = rows_for(cb, 200)
+    assert cb.T is not None
+    y = np.einsum("nhd,hde->hne", rows - cb.mu, cb.T.astype(np.float64))
+    pairs = y.reshape(2, 200, 8, 1, 2) - cb.centroids[:, None].astype(np.float64)
+    want = np.square(pairs).sum(-1).min(-1).sum((1, 2)) / np.square(y).sum((1, 2))
+    assert codebook.head_errors(cb, rows) == pytest.approx(want, rel=1e-4)
+    assert (codebook.head_errors(cb, np.repeat(cb.mu[None], 3, axis=0)) == 0).all()
+
+
+def test_figures_travel_in_the_file(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.gguf", n_head_kv=[2, 0])
+    books = make_set(model)
+    figures = {"spread": [[3.0, 4.5], []], "measured": [[0.25, 0.5], []]}
+    t = dataclasses.replace(books.types["pq4"], k_heads=figures)
+    container.embed(model, tmp_path / "pq.gguf", dataclasses.replace(books, types={**books.types, "pq4": t}))
+    back = container.read(tmp_path / "pq.gguf")
+    assert back.types["pq4"].k_heads == figures
+    assert back.types["pq4"].v_heads == {} and back.types["pq3"].k_heads == {}
+
+
+def test_figures_that_fit_no_head_are_refused(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.gguf")
+    books = make_set(model)
+    for figures, message in (
+        ({"spread": [[1.0, 1.0], [1.0]]}, r"found figures of \[2, 1\] heads"),
+        ({"spread": [[1.0, 1.0], [1.0, float("nan")]]}, "negative or infinite"),
+        ({"unheard": [[1.0, 1.0], [1.0, 1.0]]}, "unheard"),
+    ):
+        t = dataclasses.replace(books.types["pq4"], v_heads=figures)
+        with pytest.raises(MismatchError, match=message):
+            dataclasses.replace(books, types={**books.types, "pq4": t})
+
+
+def test_a_file_with_too_few_figures_is_broken(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.gguf")
+    books = make_set(model)
+    t = dataclasses.replace(books.types["pq4"], k_heads={"spread": [[1.0, 1.0], [1.0, 1.0]]})
+    container.embed(model, tmp_path / "pq.gguf", dataclasses.replace(books, types={**books.types, "pq4": t}))
+    key = "million.pq4.k.head.spread"
+    broken = edit(tmp_path / "pq.gguf", tmp_path / "broken.gguf", {key: encoded(VT.ARRAY, (VT.FLOAT32, [1.0] * 3))})
+    with pytest.raises(FormatError, match=rf"{key}: found 3 entries, need 4"):
+        container.read(broken)
+
+
+def test_inspect_names_the_worst_heads(million: Any, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.gguf", n_head_kv=[2, 0])
+    books = make_set(model, ["pq4"])
+    figures = {"spread": [[3.0, 5.0], []], "trained": [[0.125, 0.25], []], "measured": [[0.125, 0.75], []]}
+    t = dataclasses.replace(books.types["pq4"], k_heads=figures, v_heads={**figures, "measured": [[0.5, 0.25], []]})
+    container.embed(model, tmp_path / "pq.gguf", dataclasses.replace(books, types={"pq4": t}))
+    done = million("inspect", tmp_path / "pq.gguf")
+    assert done.code == 0, done.err
+    row = next(line.split() for line in done.out.splitlines() if line.startswith("      0 "))
+    assert row == ["0", "4.0", "0.18750", "0.43750", "4.0", "0.18750", "0.37500"]
+    worst = next(line for line in done.out.splitlines() if "largest measured errors" in line)
+    assert "blk.0 K head 1 (0.75000), blk.0 V head 0 (0.50000), blk.0 V head 1 (0.25000)" in worst
+    facts = json.loads(million("inspect", "--json", tmp_path / "pq.gguf").out)
+    assert facts["codebooks"]["types"]["pq4"]["k_heads"] == figures
+
+
+@pytest.mark.native
+def test_calibration_trains_transforms_and_measures_them(demo_gguf: Path) -> None:
+    books = container.read(demo_gguf)
+    for t in books.types.values():
+        for cb, heads in zip((*t.k, *t.v), ([t.k_heads] * len(t.k) + [t.v_heads] * len(t.v)), strict=True):
+            assert cb is not None and cb.T is not None
+            assert set(heads) == set(container.HEAD_FIGURES)
+        for heads in (t.k_heads, t.v_heads):
+            trained, measured = (np.concatenate(heads[f]) for f in ("trained", "measured"))
+            assert (np.concatenate(heads["spread"]) > 1.0).all()
+            assert (trained > 0).all() and (measured < 1).all()
+            assert measured.mean() > trained.mean()
