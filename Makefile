@@ -53,13 +53,15 @@ test-gpu: $(VENV)/.package-cuda
 	MILLION_REQUIRE_NATIVE=1 MILLION_TOOLS_DIR=$(CURDIR)/build/cmake/bin MILLION_CUDA_TESTS_DIR=$(CURDIR)/build/cuda \
 		$(BIN)/python -m pytest -m gpu
 
-# import-linter reads a folder that looks as the installed package does: bindings/ and converters/ inside million_gguf/
+# import-linter reads a folder that looks as the installed package does: bindings/ and converters/ inside million_gguf/;
+# -S keeps the editable install's import hook, which would find the build's folder first, out of it
 lint: $(VENV)/.package
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	rm -rf build/lint && mkdir -p build/lint/million_gguf
 	ln -s $(CURDIR)/million_gguf/* $(CURDIR)/bindings $(CURDIR)/converters build/lint/million_gguf/
-	cd build/lint && PYTHONPATH=. $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
+	cd build/lint && PYTHONPATH=.:$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		$(abspath $(BIN))/python -S $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
 clean:
 	rm -rf build $(VENV)

@@ -349,9 +349,9 @@ PQ_DEVICE void values_128(float (&o)[N_O][4], WORD word, const lane_side & vl, u
 }
 
 template <int KT /* type of K */, int VT /* of V */, int R /* rows */>
-__global__ void __launch_bounds__(n_threads(R), 1) kernel_128(const __grid_constant__ args a) {
+__global__ void __launch_bounds__(n_threads_128(VT, R, PQ_TENSOR_COPY), 1) kernel_128(const __grid_constant__ args a) {
     static_assert(KT >= 0 && KT < PQ_TYPE_COUNT && VT >= 0 && VT < PQ_TYPE_COUNT, "both sides hold codes");
-    constexpr int NT  = n_threads(R);
+    constexpr int NT  = n_threads_128(VT, R, PQ_TENSOR_COPY);
     constexpr int NW  = NT / PQ_WARP;
     constexpr int L   = 16;
     constexpr int D   = 128;
@@ -363,22 +363,47 @@ __global__ void __launch_bounds__(n_threads(R), 1) kernel_128(const __grid_const
     extern __shared__ __align__(16) uint8_t smem[];
     const int tid = threadIdx.x, lane = tid % PQ_WARP, warp = tid / PQ_WARP;
     const int g = lane / 4, t = lane % 4;
-    block b = locate_block<R>(a, smem, true, true);
+    block b = locate_block<R, NT>(a, smem, true, true);
 
     auto build = [&](int thread, int n) {
-        build_table<KT, L, BY_QUARTERS>(smem, b.k_block + a.k.centroids, D, thread, n);
-        build_table<VT, L, IN_ORDER>(smem + V_TABLE, b.v_block + a.v.centroids, D, thread, n);
+        build_table<KT, BY_QUARTERS>(smem, b.k_block + a.k.centroids, D, thread, n);
+        build_table<VT, IN_ORDER>(smem + V_TABLE, b.v_block + a.v.centroids, D, thread, n);
     };
     constexpr int N_GRP = NT / L;                     // groups of lanes, each with a row of T_inv
     constexpr int N_ROW = (D + N_GRP - 1) / N_GRP;    // rows per group
     const bool map_ahead = a.early_tables && a.k.T_inv != 0;
     uint4 t_inv[N_ROW];
-    if (a.early_tables) {
-        build(tid, NT);
+    float mu[D / PQ_WARP];
+    if (a.early_tables) { // all loads at once: they are what takes time
+        typedef table_item<KT, BY_QUARTERS> k_item;
+        typedef table_item<VT, IN_ORDER>    v_item;
+        constexpr int N_K = (k_item::count(D) + NT - 1) / NT, N_V = (v_item::count(D) + NT - 1) / NT;
+        k_item k[N_K];
+        v_item v[N_V];
+#pragma unroll
+        for (int i = 0; i < N_K; i++) {
+            k[i].load(b.k_block + a.k.centroids, tid + i * NT, D);
+        }
+#pragma unroll
+        for (int i = 0; i < N_V; i++) {
+            v[i].load(b.v_block + a.v.centroids, tid + i * NT, D);
+        }
+#pragma unroll
+        for (int i = 0; i < N_K; i++) {
+            k[i].store(smem, tid + i * NT, D);
+        }
 #pragma unroll
         for (int i = 0; i < N_ROW; i++) {
             const int j = tid / L + i * N_GRP;
-            t_inv[i] = map_ahead && j < D ? __ldg((const uint4 *) (b.k_block + a.k.T_inv + (j * D + 8 * (tid % L)) * 2)) : make_uint4(0, 0, 0, 0);
+            t_inv[i] = map_ahead && j < D ? load_t_inv(b.k_block, a.k, D, j, tid % L) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < D / PQ_WARP; i++) {
+            mu[i] = __ldg((const float *) (b.k_block + a.k.mu) + lane + i * PQ_WARP);
+        }
+#pragma unroll
+        for (int i = 0; i < N_V; i++) {
+            v[i].store(smem + V_TABLE, tid + i * NT, D);
         }
     }
     // R > 1: weights of a tile per warp, then as many zeros for the lanes of B that are off its diagonal
@@ -414,7 +439,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) kernel_128(const __grid_const
     }
 #endif
     pq_pdl_wait();
-    begin_block<L, R>(b, a, smem, [&]() {
+    begin_block<L, R, NT>(b, a, smem, [&]() {
         if (a.early_tables) {
             if (map_ahead) {
                 float x[R][8];
@@ -427,10 +452,10 @@ __global__ void __launch_bounds__(n_threads(R), 1) kernel_128(const __grid_const
                 }
             } else {
                 for (int i = tid; i < R * D; i += NT) {
-                    b.q_map[i] = __float2half_rn(b.q[i] * a.q_scale);
+                    b.q_map[i / D * q_map_stride(L) + i % D] = __float2half_rn(b.q[i] * a.q_scale);
                 }
             }
-            map_mu<R>(b.rows, b.q, a.k, b.k_block, D, a.q_scale, warp, NW, lane);
+            map_mu<R>(b.rows, b.q, [&](int i) { return mu[i % (D / PQ_WARP)]; }, D, a.q_scale, warp, NW, lane);
         }
     });
 #if !PQ_TENSOR_COPY
@@ -491,7 +516,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) kernel_128(const __grid_const
 
     // Warps that attend to the tail join at the second round of tiles; meanwhile the others go ahead. When tables are still to be
     // built, all wait for them.
-    const int  nw_tail = b.n_slot > 0 && b.n_tile > 0 && a.early_tables ? n_tail_threads(R) / PQ_WARP : 0;
+    const int  nw_tail = b.n_slot > 0 && b.n_tile > 0 && a.early_tables ? n_tail_threads(NT) / PQ_WARP : 0;
     const int  i_first = warp < nw_tail ? NW - nw_tail + warp : warp - nw_tail;
     const bool late    = warp < nw_tail;
     auto i_after = [&](int i) { return i < NW - nw_tail && nw_tail > 0 ? NW - nw_tail + warp : i + NW; };
@@ -507,14 +532,14 @@ __global__ void __launch_bounds__(n_threads(R), 1) kernel_128(const __grid_const
             ahead();
         }
         if (late) {
-            attend_tail<L, R>(b.tail_o, b.tail_ml, (float *) (smem + a.smem_tail_part), b.ml, a, b.rows, b.q, b.list + b.n_tile, b.n_slot, b.slot0, b.stream, b.head_kv,
+            attend_tail<L, R>(b.tail_o, b.tail_ml, (float *) (smem + a.smem_tail_part), (float *) (smem + a.smem_tail_ml), a, b.rows, b.q, b.list + b.n_tile, b.n_slot, b.slot0, b.stream, b.head_kv,
                               nw_tail * PQ_WARP);
             if (!PQ_TENSOR_COPY) {
                 ahead();
             }
         }
     } else {
-        prepare_block<L, R>(
+        prepare_block<L, R, NT>(
             b, a, smem, !a.early_tables,
             [&](int thread, int n) {
                 map_queries<L, R>(b.q_map, b.rows, b.q, a.k, b.k_block, D, a.q_scale, thread, n);
@@ -545,7 +570,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) kernel_128(const __grid_const
                 for (int e = 0; e < 4; e++) {
                     int r, turn;
                     query_place<KT, R>(g + e % 2 * 8, &r, &turn);
-                    q[4 * i + e] = q_map[r * (D / 2) + ((2 * i + e / 2) ^ turn)];
+                    q[4 * i + e] = q_map[r * (q_map_stride(L) / 2) + ((2 * i + e / 2) ^ turn)];
                 }
             }
         }
@@ -597,7 +622,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) kernel_128(const __grid_const
                 x = a.cap_log2e * tanhf(x * a.cap_inv);
             }
             const uint32_t h = R > 1 && e % 2 ? mask[e / 2] >> 16 : mask[e / 2] & 0xffff;
-            s[e]  = h == 0xfc00 ? -CUDART_INF_F : fmaf(slope, __half2float(__ushort_as_half((unsigned short) h)), x);
+            s[e]  = fmaf(slope, __half2float(__ushort_as_half((unsigned short) h)), x); // x is finite: -inf stays -inf
             grows = grows || s[e] > m + (MAX_SHIFT + MAX_GROWTH);
         }
         if (__any_sync(PQ_FULL_WARP, grows)) {
@@ -691,7 +716,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) kernel_128(const __grid_const
     if (t == 0 && g < R) {
         *(float2 *) (b.ml + 2 * (warp * R + g)) = make_float2(m, sum);
     }
-    finish_block<R, 2>(b, a, smem, [&](const float (&factor)[R], float * dst) {
+    finish_block<R, NT, 2>(b, a, smem, [&](const float (&factor)[R], float * dst) {
         int cell, l;
         lane_place<L, true>(lane, &cell, &l);
 #pragma unroll

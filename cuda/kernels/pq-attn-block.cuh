@@ -37,14 +37,23 @@ constexpr float LOG2E = 1.44269504088896341f;
 constexpr float MAX_SHIFT  = 6.0f;
 constexpr float MAX_GROWTH = 8.0f;
 
-// Threads of a block, by its rows. Registers bound them: a row takes 4 for the query, 8 for the output, 4 for scores.
-__host__ __device__ constexpr int n_threads(int R) {
-    return R == 8 ? 384 : 512;
+// Threads of a block, by its rows: as many as the registers allow. A 128 kernel keeps its codes in shared memory (9.0 and later).
+__host__ __device__ constexpr int n_threads_general(int R) {
+    return R == 1 ? 512 : R == 4 ? 384 : 256;
 }
 
-// Threads that attend to the tail while the others build the tables.
-__host__ __device__ constexpr int n_tail_threads(int R) {
-    return n_threads(R) / 4;
+__host__ __device__ constexpr int n_threads_128(int vt, int R, bool tensor_copy) {
+    return !tensor_copy ? n_threads_general(R) : R == 1 ? 512 : vt == PQ_TYPE_PQ3 ? n_threads_general(R) : R == 4 ? 512 : 384;
+}
+
+// Threads that attend to the tail while the others go ahead.
+__host__ __device__ constexpr int n_tail_threads(int NT) {
+    return NT / 4;
+}
+
+// Halves from one mapped query to the next in shared memory: past 8 * L by 4 banks, as lanes read the same element of several rows.
+__host__ __device__ constexpr int q_map_stride(int L) {
+    return 8 * L + 8;
 }
 
 constexpr int TILE_128_CELLS = 32; // of kernel_128
@@ -82,7 +91,7 @@ struct args {
     float   cap_log2e;       // logit_softcap times log2(e)
     float * partials;        // [n_stream][n_head_kv][n_rows][n_split] records
     int32_t record_floats;   // {m, weight of the coded part, weight of the tail, 0}, coded sum [D], tail sum [D]
-    uint32_t smem_scores, smem_codes, smem_barriers, smem_rows, smem_q, smem_qt, smem_list, smem_bits, smem_weights, smem_merge_ml, smem_tail, smem_tail_part; // byte offsets
+    uint32_t smem_scores, smem_codes, smem_barriers, smem_rows, smem_q, smem_qt, smem_list, smem_bits, smem_weights, smem_merge_ml, smem_tail, smem_tail_part, smem_tail_ml; // byte offsets
 };
 
 // Where the tables lie in shared memory is known at compile time, so that a lookup is one instruction. K begins at 0. L = 8: K
@@ -131,49 +140,69 @@ PQ_DEVICE void with_type(int type, F f) {
 // ---- tables ----
 
 // Row c of a table holds, 16 bytes per lane, centroid c of every subspace in the head's order. A thread takes the subspaces of one lane and 16
-// bytes of centroids of each, and turns that little matrix: both sides see whole 16-byte accesses without conflicts.
-template <int TYPE, int L, table_order ORDER>
-PQ_DEVICE void build_table(uint8_t * table, const uint8_t * centroids, int D, int tid, int nt) {
-    if constexpr (TYPE == PLAIN) {
-        return;
+// bytes of centroids of each (an item), and turns that little matrix: both sides see whole 16-byte accesses without conflicts.
+template <int TYPE, table_order ORDER>
+struct table_item {
+    static constexpr int DSUB  = TYPE == PQ_TYPE_PQ2 ? 4 : 2;
+    static constexpr int KSUB  = TYPE == PQ_TYPE_PQ3 ? 64 : 256;
+    static constexpr int N_SUB = 8 / DSUB;        // subspaces of a lane
+    static constexpr int N_CEN = 16 / (2 * DSUB); // centroids in 16 bytes
+    static constexpr int PLANE = KSUB * 256;
+    uint4 x[N_SUB];
+
+    static __host__ __device__ constexpr int count(int D) {
+        return (D / 8 + 7) / 8 * 8 * (KSUB / N_CEN);
     }
-    constexpr int DSUB   = TYPE == PQ_TYPE_PQ2 ? 4 : 2;
-    constexpr int KSUB   = TYPE == PQ_TYPE_PQ3 ? 64 : 256;
-    constexpr int N_SUB  = 8 / DSUB;          // subspaces of a lane
-    constexpr int N_CEN  = 16 / (2 * DSUB);   // centroids in 16 bytes
-    constexpr int PLANE  = KSUB * 256;
-    const int n_lane   = D / 8;
-    const int n_lane8  = (n_lane + 7) / 8;
-    const int n_item   = n_lane8 * 8 * (KSUB / N_CEN);
-#pragma unroll 2
-    for (int item = tid; item < n_item; item += nt) {
-        // 8 lanes side by side for the stores, 4 runs of 16 bytes for the loads
-        const int block = item / 32;
-        const int l     = ORDER == IN_ORDER ? item % 8 + 8 * (block % n_lane8) : item % 8 / 2 * 4 + block % 2 * 2 + item % 2;
-        const int piece = ORDER == IN_ORDER ? l : l / 2 % 2 * 8 + l / 4 * 2 + l % 2;
-        const int c     = (item / 8 % 4 + 4 * (block / n_lane8)) * N_CEN;
-        if (l >= n_lane) {
-            continue;
-        }
-        uint32_t x[N_SUB][4];
+    // 8 lanes side by side for the stores, 4 runs of 16 bytes for the loads
+    static __device__ __forceinline__ void place(int item, int D, int * l, int * c) {
+        const int block = item / 32, n_lane8 = (D / 8 + 7) / 8;
+        *l = ORDER == IN_ORDER ? item % 8 + 8 * (block % n_lane8) : item % 8 / 2 * 4 + block % 2 * 2 + item % 2;
+        *c = (item / 8 % 4 + 4 * (block / n_lane8)) * N_CEN;
+    }
+    __device__ __forceinline__ void load(const uint8_t * centroids, int item, int D) {
+        int l, c;
+        place(item, D, &l, &c);
+        if (item < count(D) && l < D / 8) {
 #pragma unroll
-        for (int m = 0; m < N_SUB; m++) {
-            const uint4 v = __ldg((const uint4 *) (centroids + ((size_t) (l * N_SUB + m) * KSUB + c) * (2 * DSUB)));
-            x[m][0] = v.x;
-            x[m][1] = v.y;
-            x[m][2] = v.z;
-            x[m][3] = v.w;
-        }
-        uint8_t * row = table + piece / 16 * PLANE + c * 256 + piece % 16 * 16;
-#pragma unroll
-        for (int i = 0; i < N_CEN; i++) {
-            uint4 v;
-            if constexpr (DSUB == 2) {
-                v = make_uint4(x[0][i], x[1][i], x[2][i], x[3][i]);
-            } else {
-                v = make_uint4(x[0][2 * i], x[0][2 * i + 1], x[1][2 * i], x[1][2 * i + 1]);
+            for (int m = 0; m < N_SUB; m++) {
+                x[m] = pq_load_u128(centroids + ((size_t) (l * N_SUB + m) * KSUB + c) * (2 * DSUB));
             }
-            *(uint4 *) (row + i * 256) = v;
+        }
+    }
+    __device__ __forceinline__ void store(uint8_t * table, int item, int D) const {
+        int l, c;
+        place(item, D, &l, &c);
+        if (item < count(D) && l < D / 8) {
+            const int piece = ORDER == IN_ORDER ? l : l / 2 % 2 * 8 + l / 4 * 2 + l % 2;
+            uint8_t * row = table + piece / 16 * PLANE + c * 256 + piece % 16 * 16;
+            if constexpr (DSUB == 2) {
+                *(uint4 *) (row)       = make_uint4(x[0].x, x[1].x, x[2].x, x[3].x);
+                *(uint4 *) (row + 256) = make_uint4(x[0].y, x[1].y, x[2].y, x[3].y);
+                *(uint4 *) (row + 512) = make_uint4(x[0].z, x[1].z, x[2].z, x[3].z);
+                *(uint4 *) (row + 768) = make_uint4(x[0].w, x[1].w, x[2].w, x[3].w);
+            } else {
+                *(uint4 *) (row)       = make_uint4(x[0].x, x[0].y, x[1].x, x[1].y);
+                *(uint4 *) (row + 256) = make_uint4(x[0].z, x[0].w, x[1].z, x[1].w);
+            }
+        }
+    }
+};
+
+template <int TYPE, table_order ORDER>
+PQ_DEVICE void build_table(uint8_t * table, const uint8_t * centroids, int D, int thread, int n) {
+    if constexpr (TYPE != PLAIN) {
+        typedef table_item<TYPE, ORDER> item;
+        constexpr int AHEAD = 2;
+        for (int i = thread; i < item::count(D); i += AHEAD * n) {
+            item x[AHEAD];
+#pragma unroll
+            for (int u = 0; u < AHEAD; u++) {
+                x[u].load(centroids, i + u * n, D);
+            }
+#pragma unroll
+            for (int u = 0; u < AHEAD; u++) {
+                x[u].store(table, i + u * n, D);
+            }
         }
     }
 }
@@ -244,7 +273,7 @@ PQ_DEVICE int2 list_live(int n_tile, int n_slot, uint16_t * list, uint32_t * bit
 
 // ---- queries ----
 
-// q' = T_inv q and q.mu of R rows, scaled. qt [R][8 * L] halves, in the order of the elements.
+// q' = T_inv q and q.mu of R rows, scaled. qt [R][q_map_stride(L)] halves, in the order of the elements.
 // Row j of T_inv times the R queries: the lane has elements 8l .. 8l + 7 of the row (t) and of the queries (x).
 template <int L, int R>
 PQ_DEVICE void map_row(__half * qt, int j, const uint4 & t, const float (&x)[R][8], float scale, int lane) {
@@ -256,7 +285,7 @@ PQ_DEVICE void map_row(__half * qt, int j, const uint4 & t, const float (&x)[R][
     }
     const float total = pq_sum_rows<R, L>(sum, lane);
     if (lane % L < R) {
-        qt[lane % L * (8 * L) + j] = __float2half_rn(total * scale);
+        qt[lane % L * q_map_stride(L) + j] = __float2half_rn(total * scale);
     }
 }
 
@@ -272,13 +301,16 @@ PQ_DEVICE void load_queries(float (&x)[R][8], const float * q, int D, int l) {
     }
 }
 
-// q.mu of the rows, by warps of the n_warp that call it.
-template <int R>
-PQ_DEVICE void map_mu(row_info * rows, const float * q, const side_args & k, const uint8_t * block, int D, float scale, int warp, int n_warp, int lane) {
+// q.mu of the rows, by warps of the n_warp that call it. mu(i): element lane + 32 * i.
+template <int R, class MU>
+PQ_DEVICE void map_mu(row_info * rows, const float * q, MU mu, int D, float scale, int warp, int n_warp, int lane) {
     for (int r = warp; r < R; r += n_warp) {
         float sum = 0.0f;
-        for (int i = lane; block && i < D; i += PQ_WARP) {
-            sum += q[r * D + i] * ((const float *) (block + k.mu))[i];
+#pragma unroll
+        for (int i = 0; i < PQ_MAX_D / PQ_WARP; i++) {
+            if (lane + i * PQ_WARP < D) {
+                sum += q[r * D + lane + i * PQ_WARP] * mu(i);
+            }
         }
         sum = pq_warp_sum(sum);
         if (lane == 0) {
@@ -292,7 +324,7 @@ PQ_DEVICE void map_queries(__half * qt, row_info * rows, const float * q, const 
     const int lane = tid % PQ_WARP, warp = tid / PQ_WARP;
     if (!block || k.T_inv == 0) {
         for (int i = tid; i < R * D; i += nt) {
-            qt[i / D * (8 * L) + i % D] = __float2half_rn(q[i] * scale);
+            qt[i / D * q_map_stride(L) + i % D] = __float2half_rn(q[i] * scale);
         }
     } else {
         constexpr int AHEAD = 4; // rows of T_inv in flight per thread
@@ -317,7 +349,7 @@ PQ_DEVICE void map_queries(__half * qt, row_info * rows, const float * q, const 
             }
         }
     }
-    map_mu<R>(rows, q, k, block, D, scale, warp, nt / PQ_WARP, lane);
+    map_mu<R>(rows, q, [&](int i) { return block ? ((const float *) (block + k.mu))[lane + i * PQ_WARP] : 0.0f; }, D, scale, warp, nt / PQ_WARP, lane);
 }
 
 // ---- the exact tail ----
@@ -461,11 +493,13 @@ PQ_DEVICE void attend_tail(float * o, float * ml, float * part, float * part_ml,
     for (int i = tid; i < R * D; i += nt) {
         const int r = i / D;
         float top = -CUDART_INF_F;
+#pragma unroll 4
         for (int w = 0; w < nw; w++) {
             top = fmaxf(top, part_ml[2 * (w * R + r)]);
         }
         const float ref = top == -CUDART_INF_F ? 0.0f : top;
         float x = 0.0f, total = 0.0f;
+#pragma unroll 4
         for (int w = 0; w < nw; w++) {
             const float fw = pq_exp2(part_ml[2 * (w * R + r)] - ref);
             x     += part[w * R * D + i] * fw;
@@ -481,11 +515,25 @@ PQ_DEVICE void attend_tail(float * o, float * ml, float * part, float * part_ml,
 
 // ---- the end: sinks, T_inv, mu ----
 
+PQ_DEVICE uint4 load_t_inv(const uint8_t * block, const side_args & s, int D, int row, int chunk /* of 8 columns */) {
+    return pq_load_u128(block + s.T_inv + (row * D + 8 * chunk) * 2);
+}
+
+// The rows of T_inv that a thread of write_rows() takes first.
+template <int NT, int N_AHEAD>
+PQ_DEVICE void load_t_inv_ahead(uint4 (&t)[N_AHEAD], const uint8_t * v_block, const side_args & v, int D) {
+    const int chunk = threadIdx.x % (D / 8), grp = threadIdx.x / (D / 8), n_grp = NT / (D / 8);
+#pragma unroll
+    for (int i = 0; i < N_AHEAD; i++) {
+        t[i] = v_block && v.T_inv && grp < n_grp && grp + i * n_grp < D ? load_t_inv(v_block, v, D, grp + i * n_grp, chunk) : make_uint4(0, 0, 0, 0);
+    }
+}
+
 // Writes R rows from coded sums o [R][D] and tail sums ot [R][D] (NULL: none), both relative to m; head [R][4] = {m, weight of the coded part, weight of the
-// tail}. red: float [8 * NT * R]. o is in shared memory and complete (a barrier has passed).
-template <int R, int NT>
+// tail}. red: float [8 * NT * R]. o is in shared memory and complete (a barrier has passed). ahead: the thread's first rows of T_inv.
+template <int R, int NT, int N_AHEAD>
 PQ_DEVICE void write_rows(const args & a, const row_info * rows, const float * o, const float * ot, const float * head, const uint8_t * v_block,
-                          float * red) {
+                          float * red, const uint4 (&ahead)[N_AHEAD]) {
     const int tid = threadIdx.x;
     const int D   = a.p.v.D;
     bool any_coded = false;
@@ -507,9 +555,7 @@ PQ_DEVICE void write_rows(const args & a, const row_info * rows, const float * o
                     acc[r][e] = 0.0f;
                 }
             }
-#pragma unroll 4
-            for (int j = grp; j < D; j += n_grp) {
-                const uint4  t  = __ldg((const uint4 *) (v_block + a.v.T_inv + ((size_t) j * D + 8 * chunk) * 2));
+            auto add = [&](int j, const uint4 & t) {
                 const float2 t0 = pq_half2_to_float2(t.x), t1 = pq_half2_to_float2(t.y), t2 = pq_half2_to_float2(t.z), t3 = pq_half2_to_float2(t.w);
 #pragma unroll
                 for (int r = 0; r < R; r++) {
@@ -523,6 +569,16 @@ PQ_DEVICE void write_rows(const args & a, const row_info * rows, const float * o
                     acc[r][6] += y * t3.x;
                     acc[r][7] += y * t3.y;
                 }
+            };
+#pragma unroll
+            for (int i = 0; i < N_AHEAD; i++) {
+                if (grp + i * n_grp < D) {
+                    add(grp + i * n_grp, ahead[i]);
+                }
+            }
+#pragma unroll 4
+            for (int j = grp + N_AHEAD * n_grp; j < D; j += n_grp) {
+                add(j, load_t_inv(v_block, a.v, D, j, chunk));
             }
 #pragma unroll
             for (int r = 0; r < R; r++) {
@@ -609,7 +665,7 @@ struct block {
 
     row_info * rows;         // [R]
     float    * q;            // [R][D]
-    __half   * q_map;        // [R][8 * L]
+    __half   * q_map;        // [R][q_map_stride(L)]
     uint16_t * list;         // tiles, then tail slots
     float    * ml;           // {m, sum of weights} [warps][R]
     float    * tail_ml;      // the same of the tail [R]
@@ -621,7 +677,7 @@ struct block {
     }
 };
 
-template <int R>
+template <int R, int NT>
 PQ_DEVICE block locate_block(const args & a, uint8_t * smem, bool k_coded, bool v_coded) {
     if ((uint32_t) __cvta_generic_to_shared(smem) != PQ_SHARED_BASE) {
         __trap(); // see PQ_SHARED_BASE
@@ -640,7 +696,7 @@ PQ_DEVICE block locate_block(const args & a, uint8_t * smem, bool k_coded, bool 
     b.q_map   = (__half *)   (smem + a.smem_qt);
     b.list    = (uint16_t *) (smem + a.smem_list);
     b.ml      = (float *)    (smem + a.smem_merge_ml);
-    b.head    = b.ml + 2 * (n_threads(R) / PQ_WARP) * R; // a multiple of 16 bytes
+    b.head    = b.ml + 2 * (NT / PQ_WARP) * R; // a multiple of 16 bytes
     b.tail_ml = b.head + 4 * R;
     b.tail_o  = (float *)    (smem + a.smem_tail);
     return b;
@@ -655,9 +711,8 @@ PQ_DEVICE void place_rows(const block & b, const args & a) {
 }
 
 // Queries, and the list of what any row sees. between(): what can be done once b.q is there.
-template <int L, int R, class F>
+template <int L, int R, int NT, class F>
 PQ_DEVICE void begin_block(block & b, const args & a, uint8_t * smem, F between) {
-    constexpr int NT      = n_threads(R);
     constexpr int TILE    = cells_per_tile(L);
     constexpr int Q_AHEAD = (R * 8 * L + NT - 1) / NT; // elements of the queries per thread
     const int tid = threadIdx.x;
@@ -670,7 +725,7 @@ PQ_DEVICE void begin_block(block & b, const args & a, uint8_t * smem, F between)
             ? __ldg((const float *) (a.p.q + b.stream * a.p.q_stream_stride + row / a.n_group * a.p.q_token_stride + h * a.p.q_head_stride) + i % b.D) : 0.0f;
     }
     if (b.D < 8 * L) {
-        for (int i = tid; i < R * 8 * L; i += NT) {
+        for (int i = tid; i < R * q_map_stride(L); i += NT) {
             b.q_map[i] = __float2half_rn(0.0f); // for the lanes past D
         }
     }
@@ -707,13 +762,12 @@ PQ_DEVICE void begin_block(block & b, const args & a, uint8_t * smem, F between)
 
 // The tail by some warps, and, when there are tiles, `others(thread, threads)` by the rest of them (by all when there is no tail). `ahead` issues the loads of
 // a warp's first tile: behind the tail's own, which are waited for first.
-template <int L, int R, class OTHERS, class AHEAD>
+template <int L, int R, int NT, class OTHERS, class AHEAD>
 PQ_DEVICE void prepare_block(block & b, const args & a, uint8_t * smem, bool any_others, OTHERS others, AHEAD ahead) {
-    constexpr int NT = n_threads(R);
     const int tid     = threadIdx.x;
-    const int nt_tail = b.n_slot == 0 ? 0 : b.n_tile == 0 ? NT : n_tail_threads(R);
+    const int nt_tail = b.n_slot == 0 ? 0 : b.n_tile == 0 ? NT : n_tail_threads(NT);
     if (tid < nt_tail) {
-        attend_tail<L, R>(b.tail_o, b.tail_ml, b.n_tile == 0 ? (float *) smem : (float *) (smem + a.smem_tail_part), b.ml, a, b.rows, b.q, b.list + b.n_tile, b.n_slot,
+        attend_tail<L, R>(b.tail_o, b.tail_ml, b.n_tile == 0 ? (float *) smem : (float *) (smem + a.smem_tail_part), (float *) (smem + a.smem_tail_ml), a, b.rows, b.q, b.list + b.n_tile, b.n_slot,
                           b.slot0, b.stream, b.head_kv, nt_tail);
         ahead();
     } else if (b.n_tile > 0) {
@@ -731,9 +785,8 @@ PQ_DEVICE void prepare_block(block & b, const args & a, uint8_t * smem, bool any
 
 // Merges the warps and the tail and writes the block's result. Every warp has put its {m, sum of weights} into b.ml and writes its sums in
 // `put(factors, dst)`: N_PART parts [R][D] at dst, each scaled by the factor of its row.
-template <int R, int N_PART, class PUT>
+template <int R, int NT, int N_PART, class PUT>
 PQ_DEVICE void finish_block(const block & b, const args & a, uint8_t * smem, PUT put) {
-    constexpr int NT = n_threads(R);
     constexpr int NW = NT / PQ_WARP;
     const int tid = threadIdx.x, warp = tid / PQ_WARP;
     const int D   = b.D;
@@ -793,7 +846,9 @@ PQ_DEVICE void finish_block(const block & b, const args & a, uint8_t * smem, PUT
     }
     if (a.n_split == 1) {
         __syncthreads();
-        write_rows<R, NT>(a, b.rows, sums, has_tail ? b.tail_o : nullptr, b.head, b.v_block, (float *) smem);
+        uint4 t_inv[4];
+        load_t_inv_ahead<NT>(t_inv, b.n_tile > 0 ? b.v_block : nullptr, a.v, D);
+        write_rows<R, NT>(a, b.rows, sums, has_tail ? b.tail_o : nullptr, b.head, b.v_block, (float *) smem, t_inv);
     }
 }
 
@@ -818,9 +873,8 @@ __global__ void __launch_bounds__(NT) combine_kernel(const __grid_constant__ arg
     if (tid == 0) {
         row = get_row(a, stream, head_kv, blockIdx.x);
     }
-    for (int at = tid * 128; v_block && a.v.T_inv && at < D * D * 2; at += NT * 128) {
-        asm volatile("prefetch.global.L2 [%0];" : : "l"(v_block + a.v.T_inv + at));
-    }
+    uint4 t_inv[4];
+    load_t_inv_ahead<NT>(t_inv, v_block, a.v, D);
     pq_pdl_wait();
     pq_pdl_launch_next();
 
@@ -862,7 +916,7 @@ __global__ void __launch_bounds__(NT) combine_kernel(const __grid_constant__ arg
         o[tid] = sum;
     }
     __syncthreads();
-    write_rows<1, NT>(a, &row, o, has_tail ? o + D : nullptr, head, v_block, red);
+    write_rows<1, NT>(a, &row, o, has_tail ? o + D : nullptr, head, v_block, red, t_inv);
 }
 
 } // namespace pq_attn

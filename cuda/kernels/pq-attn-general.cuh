@@ -280,9 +280,9 @@ PQ_DEVICE void tile_values(float (&o)[R][2][4], const uint32_t (&w)[N_SLOT], con
 }
 
 template <int KT /* type of K, PLAIN or ANY_TYPE */, int VT /* of V */, int L /* lanes per cell */, int R /* rows */, bool TWO_PHASES>
-__global__ void __launch_bounds__(n_threads(R), 1) general_kernel(const __grid_constant__ args a) {
+__global__ void __launch_bounds__(n_threads_general(R), 1) general_kernel(const __grid_constant__ args a) {
     static_assert(L == 8 || L == 16 || L == 32, "a slot has whole cells");
-    constexpr int NT     = n_threads(R);
+    constexpr int NT     = n_threads_general(R);
     constexpr int NW     = NT / PQ_WARP;
     constexpr int CELLS  = PQ_WARP / L; // per slot
     constexpr int TILE   = cells_per_tile(L);
@@ -293,13 +293,13 @@ __global__ void __launch_bounds__(n_threads(R), 1) general_kernel(const __grid_c
     const int tid = threadIdx.x, lane = tid % PQ_WARP, warp = tid / PQ_WARP;
     const bool k_coded = KT == ANY_TYPE ? a.p.k.type < PQ_TYPE_COUNT : KT < PQ_TYPE_COUNT;
     const bool v_coded = VT == ANY_TYPE ? a.p.v.type < PQ_TYPE_COUNT : VT < PQ_TYPE_COUNT;
-    block b = locate_block<R>(a, smem, k_coded, v_coded);
+    block b = locate_block<R, NT>(a, smem, k_coded, v_coded);
 
     auto build_k = [&](int thread, int n) {
-        with_type<KT>(a.p.k.type, [&](auto type) { build_table<type.value, L, IN_ORDER>(smem, b.k_block + a.k.centroids, b.D, thread, n); });
+        with_type<KT>(a.p.k.type, [&](auto type) { build_table<type.value, IN_ORDER>(smem, b.k_block + a.k.centroids, b.D, thread, n); });
     };
     auto build_v = [&](int thread, int n) {
-        with_type<VT>(a.p.v.type, [&](auto type) { build_table<type.value, L, IN_ORDER>(smem + V_TABLE, b.v_block + a.v.centroids, b.D, thread, n); });
+        with_type<VT>(a.p.v.type, [&](auto type) { build_table<type.value, IN_ORDER>(smem + V_TABLE, b.v_block + a.v.centroids, b.D, thread, n); });
     };
     if (!TWO_PHASES && a.early_tables) {
         build_k(tid, NT);
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) general_kernel(const __grid_c
     }
     place_rows<R>(b, a);
     pq_pdl_wait();
-    begin_block<L, R>(b, a, smem, []() {});
+    begin_block<L, R, NT>(b, a, smem, []() {});
     const int     n_tile = b.n_tile;
     const int64_t kv0    = b.kv0;
 
@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) general_kernel(const __grid_c
         }
     };
 
-    prepare_block<L, R>(
+    prepare_block<L, R, NT>(
         b, a, smem, true,
         [&](int thread, int n) {
             map_queries<L, R>(b.q_map, b.rows, b.q, a.k, b.k_block, b.D, a.q_scale, thread, n);
@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) general_kernel(const __grid_c
         for (int r = 0; r < R; r++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                q[r][i] = ((const uint32_t *) b.q_map)[r * (4 * L) + 4 * l + (i ^ ks.order)]; // zeros past D
+                q[r][i] = ((const uint32_t *) b.q_map)[r * (q_map_stride(L) / 2) + 4 * l + (i ^ ks.order)]; // zeros past D
             }
         }
     }
@@ -551,7 +551,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) general_kernel(const __grid_c
             b.ml[2 * (warp * R + r) + 1] = x;
         }
     }
-    finish_block<R, CELLS>(b, a, smem, [&](const float (&factor)[R], float * dst) {
+    finish_block<R, NT, CELLS>(b, a, smem, [&](const float (&factor)[R], float * dst) {
         int cell, l;
         lane_place<L, true>(lane, &cell, &l);
         if (l < b.D / 8) {

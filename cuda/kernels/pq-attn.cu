@@ -12,9 +12,9 @@ namespace {
 constexpr int MAX_SPLIT      = 256;
 constexpr int MAX_LIST       = 65535;  // tiles and tail slots of a block: u16 indexes
 constexpr int SPLIT_STEP     = 64;     // cells: whole tiles of every kernel
-constexpr int PROLOGUE_CELLS = 400;    // what a block does before its first cell takes as long as this many cells of one row
-constexpr int EARLY_CELLS    = 512;    // below it a block may well see nothing but the tail, and tables would be built for nothing
-constexpr int COMBINE_CELLS  = 200;    // and the launch of the combine kernel, as this many
+constexpr int PROLOGUE_CELLS = 2000;    // what a block does before its first cell takes as long as this many cells of one row
+constexpr int EARLY_CELLS    = 1024;   // below it blocks may well see nothing but the tail, and tables would be built for nothing
+constexpr int COMBINE_CELLS  = 1000;    // and the launch of the combine kernel, as this many
 
 int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -24,13 +24,17 @@ bool is_coded(const pq_attn_side & s) {
     return s.type < PQ_TYPE_COUNT;
 }
 
+int plan_threads(const pq_attn_params & p, int cc, pq_cuda_attn_kernel kernel, int R) {
+    return kernel == PQ_CUDA_ATTN_128 ? n_threads_128(p.v.type, R, cc >= 90) : n_threads_general(R);
+}
+
 struct smem_layout {
-    size_t codes, barriers, scores, rows, q, qt, list, bits, weights, merge_ml, tail, tail_part, bytes;
+    size_t codes, barriers, scores, rows, q, qt, list, bits, weights, merge_ml, tail, tail_part, tail_ml, bytes;
 };
 
 // One place for the sizes that the plan adds up and the kernel is told.
 smem_layout get_smem_layout(const pq_attn_params & p, int cc, pq_cuda_attn_kernel kernel, int lanes, int R, int64_t n_list, int score_tiles) {
-    const size_t NW = n_threads(R) / PQ_WARP, D = p.k.D;
+    const size_t NW = plan_threads(p, cc, kernel, R) / PQ_WARP, D = p.k.D;
     const size_t k  = table_bytes(p.k.type, lanes), v = table_bytes(p.v.type, lanes);
     const size_t v_offset = v == 0 || lanes == 8 ? 0 : v_table_offset(kernel == PQ_CUDA_ATTN_128 ? (int) p.k.type : ANY_TYPE, lanes, kernel == PQ_CUDA_ATTN_TWO_PHASES);
     smem_layout s;
@@ -47,13 +51,14 @@ smem_layout get_smem_layout(const pq_attn_params & p, int cc, pq_cuda_attn_kerne
     s.scores    = take((size_t) score_tiles * R * (lanes == 8 ? 2 : 1) * PQ_WARP * sizeof(float));
     s.rows      = take(R * sizeof(row_info));
     s.q         = take(R * D * sizeof(float));
-    s.qt        = take((size_t) R * 8 * lanes * sizeof(uint16_t));
+    s.qt        = take((size_t) R * q_map_stride(lanes) * sizeof(uint16_t));
     s.list      = take(n_list * sizeof(uint16_t));
     s.bits      = take((n_list / 32 + 2) * sizeof(uint32_t));
     s.weights   = kernel == PQ_CUDA_ATTN_128 && R > 1 ? take(((NW + 1) * 16 * R + 4) * sizeof(uint32_t)) : 0;
     s.merge_ml  = take((2 * NW * R + 6 * R) * sizeof(float));
     s.tail      = p.tail.n > 0 ? take(R * D * sizeof(float)) : 0;
-    s.tail_part = p.tail.n > 0 ? take(n_tail_threads(R) / PQ_WARP * R * D * sizeof(float)) : 0;
+    s.tail_part = p.tail.n > 0 ? take(n_tail_threads(NW * PQ_WARP) / PQ_WARP * R * D * sizeof(float)) : 0;
+    s.tail_ml   = p.tail.n > 0 ? take(2 * NW * R * sizeof(float)) : 0;
     s.bytes     = off;
     return s;
 }
@@ -123,7 +128,6 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
     plan.lanes          = lanes_per_cell(p.k.D);
     plan.rows_per_block = rows_per_block(n_rows);
     plan.n_row_groups   = (int32_t) div_up(n_rows, plan.rows_per_block);
-    plan.n_threads      = n_threads(plan.rows_per_block);
 
     // One block fills a multiprocessor. Time in units of a cell: every wave of blocks costs its longest block.
     const int64_t n_base  = (int64_t) p.n_stream * p.n_head_kv * plan.n_row_groups;
@@ -161,6 +165,7 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
         plan.score_tiles  = (int32_t) std::min<int64_t>(fit, std::max<int64_t>(plan.cells_per_split / cells_per_tile(plan.lanes), MIN_SCORE_TILES));
         plan.smem_bytes   = smem_bytes(plan.score_tiles);
     }
+    plan.n_threads = plan_threads(p, device.cc, plan.kernel, R);
     const size_t record_floats = 4 + (size_t) p.v.D * (p.tail.n > 0 ? 2 : 1);
     plan.scratch_bytes = plan.n_split == 1 ? 0 : (size_t) p.n_stream * p.n_head_kv * n_rows * plan.n_split * record_floats * sizeof(float);
     return plan;
@@ -224,7 +229,7 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
     a.cells_per_split = plan.cells_per_split;
     a.slots_per_split = plan.slots_per_split;
     a.mask_by_16      = ((uintptr_t) p.mask | p.mask_token_stride | p.mask_head_stride | p.mask_stream_stride) % 16 == 0;
-    a.early_tables    = plan.cells_per_split >= EARLY_CELLS;
+    a.early_tables    = p.n_kv >= EARLY_CELLS;
     a.score_tiles     = plan.score_tiles;
     a.n_head_log2     = 1;
     while (2 * a.n_head_log2 <= p.n_head) {
@@ -255,6 +260,7 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
     a.smem_merge_ml = (uint32_t) s.merge_ml;
     a.smem_tail     = (uint32_t) s.tail;
     a.smem_tail_part = (uint32_t) s.tail_part;
+    a.smem_tail_ml  = (uint32_t) s.tail_ml;
 
     const cudaError_t err = plan.rows_per_block == 1 ? launch<1>(a, plan, stream)
                           : plan.rows_per_block == 4 ? launch<4>(a, plan, stream)
@@ -272,8 +278,11 @@ cudaError_t pq_cuda_get_device_props(pq_cuda_device_props * props) {
     if (err == cudaSuccess) err = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (err == cudaSuccess) err = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
     if (err == cudaSuccess) err = cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaFuncAttributes attr;
+    if (err == cudaSuccess) err = cudaFuncGetAttributes(&attr, combine_kernel<COMBINE_THREADS>);
     if (err == cudaSuccess) {
-        props->cc         = 10 * major + minor;
+        // code compiled for an older architecture runs as that: it has other register counts and no tensor copies
+        props->cc         = std::min(10 * major + minor, attr.ptxVersion);
         props->n_sm       = n_sm;
         props->smem_optin = (size_t) smem;
     }

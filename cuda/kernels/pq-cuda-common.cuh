@@ -32,6 +32,12 @@ PQ_DEVICE uint32_t pq_load_u16(const uint16_t * p) {
     return x;
 }
 
+PQ_DEVICE uint4 pq_load_u128(const uint8_t * p) {
+    uint4 x;
+    asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+
 PQ_DEVICE uint32_t pq_load_u32(const uint16_t * p) {
     uint32_t x;
     asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(p));

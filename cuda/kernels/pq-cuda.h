@@ -18,7 +18,7 @@
 #define PQ_CUDA_ATTN_MAX_N_Q 8 // query tokens per stream; above it decode to f16 and use a tensor-core kernel (prefill)
 
 struct pq_cuda_device_props {
-    int    cc;         // compute capability: 10 * major + minor
+    int    cc;         // compute capability, 10 * major + minor, or that for which the code was compiled when it is older
     int    n_sm;       // multiprocessors
     size_t smem_optin; // largest dynamic shared memory of a block, bytes (cudaDevAttrMaxSharedMemoryPerBlockOptin)
 };

@@ -1,6 +1,7 @@
 // Tests and times the CUDA attention kernels.
 //
 //   pq-cuda-test                    every case against plain loops in double precision (of sampled heads where the context is long)
+//   pq-cuda-test some N             every N-th case, for compute-sanitizer
 //   pq-cuda-test plan               the launch plan alone; needs no GPU
 //   pq-cuda-test bench [7b|8b [depth [type]]]
 //                                   times: median of graph replays over more layers than the L2 cache holds; bytes of codes per second
@@ -201,8 +202,13 @@ static double slope_of(int h, int n_head, double max_bias) {
 }
 
 static double worst_nmse = 0.0;
+static int    n_case     = 0;
+static int    case_step  = 1; // run every case_step-th
 
 static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
+    if (n_case++ % case_step != 0) {
+        return;
+    }
     rng r((uint64_t) c.n_kv * 31 + c.D * 7 + c.n_head + c.n_tail * 13 + c.mask);
     const int n_group = c.n_head / c.n_head_kv;
     const host_side k0 = make_side(c.kt, c.D, c.n_head_kv, c.n_stream, c.n_kv, c.transform, r);
@@ -812,10 +818,11 @@ int main(int argc, char ** argv) {
     }
     pq_cuda_device_props props;
     CUDA(pq_cuda_get_device_props(&props));
-    if (mode == "test") {
+    if (mode == "test" || (mode == "some" && argc == 3)) {
+        case_step = mode == "some" ? std::max(1, atoi(argv[2])) : 1;
         test_plan();
         test(props);
-        printf("%d checks, %d failed; worst NMSE %.3g\n", n_checks, n_failed, worst_nmse);
+        printf("%d cases, %d checks, %d failed; worst NMSE %.3g\n", (n_case + case_step - 1) / case_step, n_checks, n_failed, worst_nmse);
         return n_failed ? 1 : 0;
     }
     if (mode == "once" && argc == 5) {
@@ -858,6 +865,6 @@ int main(int argc, char ** argv) {
         }
         return 0;
     }
-    printf("usage: pq-cuda-test [test | plan | bench [7b|8b [depth [type]]] | once 7b|8b depth type]\n");
+    printf("usage: pq-cuda-test [test | some N | plan | bench [7b|8b [depth [type]]] | once 7b|8b depth type]\n");
     return 2;
 }
