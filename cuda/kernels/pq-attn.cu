@@ -1,7 +1,6 @@
 #include "pq-attn.cuh"
 
-#include <cuda.h>
-#include <cudaTypedefs.h>
+#include <math.h>
 
 #include <algorithm>
 
@@ -12,9 +11,9 @@ namespace {
 constexpr int MAX_SPLIT      = 256;
 constexpr int MAX_LIST       = 65535;  // tiles and tail slots of a block: u16 indexes
 constexpr int SPLIT_STEP     = 64;     // cells: whole tiles of every kernel
-constexpr int PROLOGUE_CELLS = 2000;    // what a block does before its first cell takes as long as this many cells of one row
-constexpr int EARLY_CELLS    = 1024;   // below it blocks may well see nothing but the tail, and tables would be built for nothing
-constexpr int COMBINE_CELLS  = 1000;    // and the launch of the combine kernel, as this many
+constexpr int PROLOGUE_CELLS = 400;    // what a block does before its first cell takes as long as this many cells of one row
+constexpr int PREFETCH_CELLS = 512;    // below it a block may well see nothing but the tail, and its codebook would be read for nothing
+constexpr int COMBINE_CELLS  = 200;    // and the launch of the combine kernel, as this many
 
 int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -24,19 +23,15 @@ bool is_coded(const pq_attn_side & s) {
     return s.type < PQ_TYPE_COUNT;
 }
 
-int plan_threads(const pq_attn_params & p, int cc, pq_cuda_attn_kernel kernel, int R) {
-    return kernel == PQ_CUDA_ATTN_128 ? n_threads_128(p.v.type, R, cc >= 90) : n_threads_general(R);
-}
-
 struct smem_layout {
-    size_t codes, barriers, scores, rows, q, qt, list, bits, weights, merge_ml, tail, tail_part, tail_ml, bytes;
+    size_t scores, rows, q, qt, list, bits, merge_ml, tail, tail_part, bytes;
 };
 
 // One place for the sizes that the plan adds up and the kernel is told.
-smem_layout get_smem_layout(const pq_attn_params & p, int cc, pq_cuda_attn_kernel kernel, int lanes, int R, int64_t n_list, int score_tiles) {
-    const size_t NW = plan_threads(p, cc, kernel, R) / PQ_WARP, D = p.k.D;
+smem_layout get_smem_layout(const pq_attn_params & p, int lanes, int R, bool two_phase, int64_t n_list, int score_tiles) {
+    const size_t NW = n_threads(R) / PQ_WARP, D = p.k.D;
     const size_t k  = table_bytes(p.k.type, lanes), v = table_bytes(p.v.type, lanes);
-    const size_t v_offset = v == 0 || lanes == 8 ? 0 : v_table_offset(kernel == PQ_CUDA_ATTN_128 ? (int) p.k.type : ANY_TYPE, lanes, kernel == PQ_CUDA_ATTN_TWO_PHASES);
+    const size_t v_offset = v == 0 || lanes == 8 ? 0 : v_table_offset(kernel_type(p, lanes), lanes, two_phase);
     smem_layout s;
     size_t off = std::max({ k, v_offset + v, NW * R * 1024 }); // the merge reuses the tables' room
     auto take = [&](size_t bytes) {
@@ -44,28 +39,22 @@ smem_layout get_smem_layout(const pq_attn_params & p, int cc, pq_cuda_attn_kerne
         off += (bytes + 15) / 16 * 16;
         return at;
     };
-    // tiles of codes in flight; tensor copies want multiples of 128 bytes, which the tables are
-    const bool copies = kernel == PQ_CUDA_ATTN_128 && cc >= 90;
-    s.codes     = copies ? take(NW * TILE_128_CELLS * (pq_head_bytes(p.k.type, p.k.D) + pq_head_bytes(p.v.type, p.v.D))) : 0;
-    s.barriers  = copies ? take(NW * 16) : 0;
     s.scores    = take((size_t) score_tiles * R * (lanes == 8 ? 2 : 1) * PQ_WARP * sizeof(float));
     s.rows      = take(R * sizeof(row_info));
     s.q         = take(R * D * sizeof(float));
-    s.qt        = take((size_t) R * q_map_stride(lanes) * sizeof(uint16_t));
+    s.qt        = take((size_t) R * 8 * lanes * sizeof(uint16_t));
     s.list      = take(n_list * sizeof(uint16_t));
     s.bits      = take((n_list / 32 + 2) * sizeof(uint32_t));
-    s.weights   = kernel == PQ_CUDA_ATTN_128 && R > 1 ? take(((NW + 1) * 16 * R + 4) * sizeof(uint32_t)) : 0;
     s.merge_ml  = take((2 * NW * R + 6 * R) * sizeof(float));
     s.tail      = p.tail.n > 0 ? take(R * D * sizeof(float)) : 0;
-    s.tail_part = p.tail.n > 0 ? take(n_tail_threads(NW * PQ_WARP) / PQ_WARP * R * D * sizeof(float)) : 0;
-    s.tail_ml   = p.tail.n > 0 ? take(2 * NW * R * sizeof(float)) : 0;
+    s.tail_part = p.tail.n > 0 ? take(n_tail_threads(R) / PQ_WARP * R * D * sizeof(float)) : 0;
     s.bytes     = off;
     return s;
 }
 
 // Whether the tables of K and V can be in shared memory together where one is not written over the other (see v_table_offset).
 bool tables_apart(const pq_attn_params & p, int lanes) {
-    return lanes < 32 || !is_coded(p.k) || !is_coded(p.v);
+    return lanes < 32 || !is_coded(p.k) || !is_coded(p.v) || (p.k.type == PQ_TYPE_PQ3 && p.v.type == PQ_TYPE_PQ3);
 }
 
 int rows_per_block(int64_t n_rows) {
@@ -113,10 +102,16 @@ const char * pq_cuda_attn_unsupported(const pq_attn_params & p, const pq_cuda_de
     if (t.n > MAX_LIST / 2) {
         return "the exact tail has more than 32767 slots";
     }
-    const int lanes = lanes_per_cell(p.k.D), R = rows_per_block(p.n_q * (p.n_head / p.n_head_kv));
-    const auto kernel = lanes == 8 ? PQ_CUDA_ATTN_ONE_PHASE : PQ_CUDA_ATTN_TWO_PHASES;
-    if (get_smem_layout(p, device.cc, kernel, lanes, R, t.n + 4096, lanes == 8 ? 0 : MIN_SCORE_TILES).bytes > device.smem_optin) {
-        return "the device has too little shared memory per block";
+    if (p.k.D <= 64) {
+        const int R = rows_per_block(p.n_q * (p.n_head / p.n_head_kv));
+        if (get_smem_layout(p, 8, R, false, t.n + 256, 0).bytes > device.smem_optin) {
+            return "the device has too little shared memory per block";
+        }
+    } else {
+        const int lanes = lanes_per_cell(p.k.D), R = rows_per_block(p.n_q * (p.n_head / p.n_head_kv));
+        if (get_smem_layout(p, lanes, R, true, t.n + 4096, MIN_SCORE_TILES).bytes > device.smem_optin) {
+            return "the device has too little shared memory per block";
+        }
     }
     return nullptr;
 }
@@ -124,10 +119,10 @@ const char * pq_cuda_attn_unsupported(const pq_attn_params & p, const pq_cuda_de
 pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda_device_props & device) {
     pq_cuda_attn_plan plan = {};
     const int64_t n_rows = p.n_q * (p.n_head / p.n_head_kv);
-    plan.cc             = device.cc;
     plan.lanes          = lanes_per_cell(p.k.D);
     plan.rows_per_block = rows_per_block(n_rows);
     plan.n_row_groups   = (int32_t) div_up(n_rows, plan.rows_per_block);
+    plan.n_threads      = n_threads(plan.rows_per_block);
 
     // One block fills a multiprocessor. Time in units of a cell: every wave of blocks costs its longest block.
     const int64_t n_base  = (int64_t) p.n_stream * p.n_head_kv * plan.n_row_groups;
@@ -156,16 +151,15 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
 
     const int     R      = plan.rows_per_block;
     const int64_t n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
-    auto smem_bytes = [&](int score_tiles) { return get_smem_layout(p, device.cc, plan.kernel, plan.lanes, R, n_list, score_tiles).bytes; };
-    plan.kernel     = takes_kernel_128(p) ? PQ_CUDA_ATTN_128 : PQ_CUDA_ATTN_ONE_PHASE;
-    plan.smem_bytes = smem_bytes(0);
-    if (plan.smem_bytes > device.smem_optin || (plan.kernel != PQ_CUDA_ATTN_128 && !tables_apart(p, plan.lanes))) {
-        plan.kernel = PQ_CUDA_ATTN_TWO_PHASES;
-        const int64_t fit = ((int64_t) device.smem_optin - (int64_t) smem_bytes(0)) / (int64_t) (smem_bytes(1) - smem_bytes(0));
-        plan.score_tiles  = (int32_t) std::min<int64_t>(fit, std::max<int64_t>(plan.cells_per_split / cells_per_tile(plan.lanes), MIN_SCORE_TILES));
-        plan.smem_bytes   = smem_bytes(plan.score_tiles);
+    plan.smem_bytes = get_smem_layout(p, plan.lanes, R, false, n_list, 0).bytes;
+    if (plan.smem_bytes > device.smem_optin || !tables_apart(p, plan.lanes)) {
+        plan.two_phase   = 1;
+        const size_t one = get_smem_layout(p, plan.lanes, R, true, n_list, 1).bytes - get_smem_layout(p, plan.lanes, R, true, n_list, 0).bytes;
+        const size_t fit = (device.smem_optin - std::min(device.smem_optin, get_smem_layout(p, plan.lanes, R, true, n_list, 0).bytes)) / one;
+        const int64_t need = std::max<int64_t>(plan.cells_per_split / cells_per_tile(plan.lanes), MIN_SCORE_TILES);
+        plan.score_tiles = (int32_t) std::min<int64_t>((int64_t) fit, need);
+        plan.smem_bytes  = get_smem_layout(p, plan.lanes, R, true, n_list, plan.score_tiles).bytes;
     }
-    plan.n_threads = plan_threads(p, device.cc, plan.kernel, R);
     const size_t record_floats = 4 + (size_t) p.v.D * (p.tail.n > 0 ? 2 : 1);
     plan.scratch_bytes = plan.n_split == 1 ? 0 : (size_t) p.n_stream * p.n_head_kv * n_rows * plan.n_split * record_floats * sizeof(float);
     return plan;
@@ -185,38 +179,12 @@ static side_args get_side_args(const pq_attn_side & s) {
     return a;
 }
 
-// Describes the codes of a side to tensor copies: [n_stream][n_kv][n_head_kv][head bytes], boxes of one head and a tile of cells.
-static cudaError_t encode_map(pq_tensor_map * map, const pq_attn_side & s, const pq_attn_params & p) {
-    static_assert(sizeof(pq_tensor_map) == sizeof(CUtensorMap), "pq_tensor_map stands for CUtensorMap");
-    static const auto encode = []() { // from the driver, without linking against it
-        void * f = nullptr;
-        cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-        const cudaError_t err = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &result);
-#else
-        const cudaError_t err = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &result);
-#endif
-        return (PFN_cuTensorMapEncodeTiled_v12000) (err == cudaSuccess && result == cudaDriverEntryPointSuccess ? f : nullptr);
-    }();
-    if (!encode) {
-        return cudaErrorNotSupported;
-    }
-    const size_t      head_bytes = pq_head_bytes(s.type, s.D);
-    const cuuint64_t  dims[4]    = { head_bytes, (cuuint64_t) p.n_head_kv, (cuuint64_t) std::max<int64_t>(p.n_kv, 1), (cuuint64_t) p.n_stream };
-    const cuuint64_t  strides[3] = { s.head_stride, s.row_stride, p.n_stream > 1 ? s.stream_stride : s.row_stride };
-    const cuuint32_t  box[4]     = { (cuuint32_t) head_bytes, 1, TILE_128_CELLS, 1 };
-    const cuuint32_t  steps[4]   = { 1, 1, 1, 1 };
-    const CUresult err = encode((CUtensorMap *) map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 4, (void *) s.data, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return err == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch, cudaStream_t stream) {
     if (p.n_q == 0 || p.n_stream == 0) {
         return cudaSuccess;
     }
     const int64_t     n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
-    const smem_layout s      = get_smem_layout(p, plan.cc, plan.kernel, plan.lanes, plan.rows_per_block, n_list, plan.score_tiles);
+    const smem_layout s      = get_smem_layout(p, plan.lanes, plan.rows_per_block, plan.two_phase, n_list, plan.score_tiles);
 
     args a = {};
     a.p = p;
@@ -229,7 +197,7 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
     a.cells_per_split = plan.cells_per_split;
     a.slots_per_split = plan.slots_per_split;
     a.mask_by_16      = ((uintptr_t) p.mask | p.mask_token_stride | p.mask_head_stride | p.mask_stream_stride) % 16 == 0;
-    a.early_tables    = p.n_kv >= EARLY_CELLS;
+    a.prefetch        = plan.cells_per_split >= PREFETCH_CELLS;
     a.score_tiles     = plan.score_tiles;
     a.n_head_log2     = 1;
     while (2 * a.n_head_log2 <= p.n_head) {
@@ -242,25 +210,15 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
     a.cap_log2e     = p.logit_softcap * LOG2E;
     a.partials      = (float *) scratch;
     a.record_floats = 4 + p.v.D * (p.tail.n > 0 ? 2 : 1);
-    if (plan.kernel == PQ_CUDA_ATTN_128 && plan.cc >= 90) {
-        const cudaError_t err_k = encode_map(&a.k_map, p.k, p), err_v = encode_map(&a.v_map, p.v, p);
-        if (err_k != cudaSuccess || err_v != cudaSuccess) {
-            return err_k != cudaSuccess ? err_k : err_v;
-        }
-    }
-    a.smem_codes    = (uint32_t) s.codes;
-    a.smem_barriers = (uint32_t) s.barriers;
     a.smem_scores   = (uint32_t) s.scores;
     a.smem_rows     = (uint32_t) s.rows;
     a.smem_q        = (uint32_t) s.q;
     a.smem_qt       = (uint32_t) s.qt;
     a.smem_list     = (uint32_t) s.list;
     a.smem_bits     = (uint32_t) s.bits;
-    a.smem_weights  = (uint32_t) s.weights;
     a.smem_merge_ml = (uint32_t) s.merge_ml;
     a.smem_tail     = (uint32_t) s.tail;
     a.smem_tail_part = (uint32_t) s.tail_part;
-    a.smem_tail_ml  = (uint32_t) s.tail_ml;
 
     const cudaError_t err = plan.rows_per_block == 1 ? launch<1>(a, plan, stream)
                           : plan.rows_per_block == 4 ? launch<4>(a, plan, stream)
@@ -278,11 +236,8 @@ cudaError_t pq_cuda_get_device_props(pq_cuda_device_props * props) {
     if (err == cudaSuccess) err = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (err == cudaSuccess) err = cudaDeviceGetAttribute(&n_sm, cudaDevAttrMultiProcessorCount, device);
     if (err == cudaSuccess) err = cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaFuncAttributes attr;
-    if (err == cudaSuccess) err = cudaFuncGetAttributes(&attr, combine_kernel<COMBINE_THREADS>);
     if (err == cudaSuccess) {
-        // code compiled for an older architecture runs as that: it has other register counts and no tensor copies
-        props->cc         = std::min(10 * major + minor, attr.ptxVersion);
+        props->cc         = 10 * major + minor;
         props->n_sm       = n_sm;
         props->smem_optin = (size_t) smem;
     }

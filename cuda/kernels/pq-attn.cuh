@@ -1,20 +1,15 @@
 // Launches of the attention kernel, one file per number of rows (pq-attn-rows*.cu) so that they compile side by side.
 #pragma once
 
-#include "pq-attn-block.cuh"
+#include "pq-attn-kernel.cuh"
 #include "pq-cuda.h"
 
 namespace pq_attn {
 
-// Whether these parameters take the kernel for D = 128 with codes on both sides (where its tables fit into shared memory together).
-inline bool takes_kernel_128(const pq_attn_params & p) {
-    for (const pq_attn_side * s : { &p.k, &p.v }) {
-        // a lane loads 16 bytes of a pq4 K, 8 of pq2; four lanes of pq3 V share three words
-        if (s->D != 128 || s->type >= PQ_TYPE_COUNT || ((uintptr_t) s->data | s->row_stride | s->head_stride | s->stream_stride) % 16 != 0) {
-            return false;
-        }
-    }
-    return true;
+// The types that the kernel of these parameters is compiled for: equal ones have kernels of their own at the common head sizes; the
+// others share one that looks at the types once per tile. Of two phases there is only that one.
+inline int kernel_type(const pq_attn_params & p, int lanes) {
+    return p.k.type == p.v.type && (lanes < 32 || p.k.type == PQ_TYPE_PQ3) ? (int) p.k.type : ANY_TYPE;
 }
 
 template <int R>

@@ -32,28 +32,10 @@ PQ_DEVICE uint32_t pq_load_u16(const uint16_t * p) {
     return x;
 }
 
-PQ_DEVICE uint4 pq_load_u128(const uint8_t * p) {
-    uint4 x;
-    asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
-    return x;
-}
-
-PQ_DEVICE uint32_t pq_load_u32(const uint16_t * p) {
-    uint32_t x;
-    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(p));
-    return x;
-}
-
 // p + a * b in one instruction; the compiler makes two of it
 PQ_DEVICE const uint8_t * pq_mad_wide(uint32_t a, uint32_t b, const uint8_t * p) {
     const uint8_t * x;
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(x) : "r"(a), "r"(b), "l"(p));
-    return x;
-}
-
-PQ_DEVICE uint2 pq_load_stream_u64(const uint8_t * p) {
-    uint2 x;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
     return x;
 }
 
@@ -109,12 +91,6 @@ PQ_DEVICE int pq_opaque(int x) {
     return x;
 }
 
-// The same for a value that stays: the compiler would rather compute it again in every turn of a loop than keep it in a register.
-// The whole warp calls it.
-PQ_DEVICE uint32_t pq_keep(uint32_t x, int lane) {
-    return __shfl_sync(PQ_FULL_WARP, x, lane);
-}
-
 // Barrier number `id` of the first n threads of a block, n a multiple of 32.
 PQ_DEVICE void pq_barrier(int id, int n) {
     asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(n) : "memory");
@@ -144,95 +120,4 @@ PQ_DEVICE void pq_mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// Sums of R values over the L lanes of a group (R <= L), by halving: the lane gets the sum of value lane % R.
-template <int R, int L>
-PQ_DEVICE float pq_sum_rows(float (&v)[R], int lane) {
-    int n = R;
-#pragma unroll
-    for (int o = 1; o < R; o *= 2) {
-        n /= 2;
-#pragma unroll
-        for (int i = 0; i < R / 2; i++) {
-            if (i < n) {
-                const float keep = lane & o ? v[2 * i + 1] : v[2 * i];
-                const float give = lane & o ? v[2 * i] : v[2 * i + 1];
-                v[i] = keep + __shfl_xor_sync(PQ_FULL_WARP, give, o);
-            }
-        }
-    }
-#pragma unroll
-    for (int o = R; o < L; o *= 2) {
-        v[0] += __shfl_xor_sync(PQ_FULL_WARP, v[0], o);
-    }
-    return v[0];
-}
-
-// ---- tensor copies (9.0 and later): a box of rows from global to shared memory by one instruction, complete at an mbarrier ----
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define PQ_TENSOR_COPY 1
-#else
-#define PQ_TENSOR_COPY 0
-#endif
-
-struct alignas(64) pq_tensor_map { // CUtensorMap
-    uint64_t opaque[16];
-};
-
-#if PQ_TENSOR_COPY
-PQ_DEVICE void pq_mbarrier_init(uint32_t barrier) { // one arrival: that of pq_tensor_copy's caller
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(barrier) : "memory");
-}
-
-PQ_DEVICE void pq_mbarrier_init_done() { // before the barrier that lets others use them
-    asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
-}
-
-PQ_DEVICE void pq_mbarrier_wait(uint32_t barrier, uint32_t phase) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n"
-        : : "r"(barrier), "r"(phase) : "memory");
-}
-
-// One thread calls it. Coordinates as in the map: byte of the head, head, cell, stream. What is outside of the tensor becomes zeros.
-PQ_DEVICE void pq_tensor_copy(uint32_t dst, const pq_tensor_map & map, int head, int cell, int stream, uint32_t n_bytes, uint32_t barrier) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "r"(n_bytes) : "memory");
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
-                 : : "r"(dst), "l"(&map), "r"(0), "r"(head), "r"(cell), "r"(stream), "r"(barrier) : "memory");
-}
-
-PQ_DEVICE void pq_tensor_map_prefetch(const pq_tensor_map & map) {
-    asm volatile("prefetch.tensormap [%0];" : : "l"(&map));
-}
-#endif
-
-PQ_DEVICE uint32_t pq_shared_u16(uint32_t address) {
-    uint32_t x;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=r"(x) : "r"(address));
-    return x;
-}
-
-PQ_DEVICE uint32_t pq_shared_u32(uint32_t address) {
-    uint32_t x;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address));
-    return x;
-}
-
-PQ_DEVICE uint2 pq_shared_u64(uint32_t address) {
-    uint2 x;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
-    return x;
-}
-
-PQ_DEVICE uint4 pq_shared_u128(uint32_t address) {
-    uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
-    return x;
 }

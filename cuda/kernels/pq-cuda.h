@@ -18,20 +18,13 @@
 #define PQ_CUDA_ATTN_MAX_N_Q 8 // query tokens per stream; above it decode to f16 and use a tensor-core kernel (prefill)
 
 struct pq_cuda_device_props {
-    int    cc;         // compute capability, 10 * major + minor, or that for which the code was compiled when it is older
+    int    cc;         // compute capability: 10 * major + minor
     int    n_sm;       // multiprocessors
     size_t smem_optin; // largest dynamic shared memory of a block, bytes (cudaDevAttrMaxSharedMemoryPerBlockOptin)
 };
 
-enum pq_cuda_attn_kernel {
-    PQ_CUDA_ATTN_128,        // D = 128, codes on both sides
-    PQ_CUDA_ATTN_ONE_PHASE,  // every other case
-    PQ_CUDA_ATTN_TWO_PHASES, // the same when the tables of K and V don't fit into shared memory together: scores first, then values
-};
-
 struct pq_cuda_attn_plan {
-    enum pq_cuda_attn_kernel kernel;
-    int32_t cc;              // of the device that the plan is for
+    int32_t two_phase;       // 0: the tables of K and V are in shared memory together. 1: one after the other (both do not fit)
     int32_t lanes;           // lanes that share a cell, D / 8 rounded up to 8, 16 or 32
     int32_t rows_per_block;  // query rows of a KV head that one block serves at a time: 1, 4 or 8
     int32_t n_row_groups;    // blocks that share a KV head's rows
@@ -40,7 +33,7 @@ struct pq_cuda_attn_plan {
     int64_t slots_per_split; // of the exact tail
     int32_t n_threads;
     int32_t n_blocks;
-    int32_t score_tiles;     // two phases: tiles whose scores fit in shared memory
+    int32_t score_tiles;     // two_phase: tiles whose scores fit in shared memory
     size_t  smem_bytes;      // dynamic shared memory of a block
     size_t  scratch_bytes;   // device memory that pq_cuda_attn takes as `scratch`; 0 when n_split is 1
 };
