@@ -59,6 +59,10 @@ BUDGETS = (
     Budget("pq_decode_kernelILi[0-9]ELi16E", threads=256, blocks=1),  # T^-1 of head size 256 takes half the registers
     Budget("pq_decode_plain_kernel", threads=256, blocks=4),
     # any mixture of types, and tables of K and V one after the other: for what has no kernel of its own
+    Budget("pq_write_tail_kernel", threads=256, blocks=4),
+    Budget("fill_random", threads=256, blocks=4),  # of the benchmark
+    # unpacking 6-bit codes for four rows at once: its spills are a known cost, to go with the next kernel
+    Budget("attn_kernelILi1ELi1ELi32ELi4", threads=384, blocks=1, spills=320),
     Budget("attn_kernelILin1", threads=256, blocks=1, spills=1024),
     Budget("attn_kernel", threads=256, blocks=1, spills=160),
     Budget("combine", threads=256, blocks=2),
