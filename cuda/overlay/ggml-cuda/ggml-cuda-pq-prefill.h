@@ -1,0 +1,10 @@
+// Attention on PQ codes for many query tokens: codes to f16, then the backend's own flash attention.
+#pragma once
+
+#include "ggml-cuda/common.cuh"
+#include "ggml-pq.h"
+#include "pq-params.h"
+
+// `p` is what ggml_pq_attn_params makes of op, a FLASH_ATTN_EXT.
+bool ggml_cuda_pq_prefill_supported(int device, const ggml_tensor * op, const pq_attn_params & p);
+void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p);
