@@ -133,6 +133,12 @@ static inline const char * ggml_pq_attn_side(const struct ggml_tensor * t, const
     return NULL;
 }
 
+// Whether the tail of a FLASH_ATTN_EXT tells the cells of its slots: rows n_q and n_q + 1 of its mask, see ggml-pq.h.
+static inline bool ggml_pq_attn_tail_has_cells(const struct ggml_tensor * op) {
+    const ggml_tensor * tail_mask = op->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK];
+    return tail_mask && tail_mask->ne[1] == op->src[0]->ne[1] + GGML_PQ_TAIL_CELL_ROWS;
+}
+
 // FLASH_ATTN_EXT. A side without codes (type PQ_TYPE_COUNT) has no to_float yet, and may have any ggml type.
 static inline const char * ggml_pq_attn_params(const struct ggml_tensor * op, struct pq_attn_params & p) {
     const ggml_tensor * q         = op->src[0];

@@ -10,7 +10,7 @@
 //     CPY              dst or src[0]          src[2]
 //     FLASH_ATTN_EXT   src[1] K, src[2] V     src[5] K         src[7] F16 [D, n_tail, n_head_kv, n_stream] K
 //                                             src[6] V         src[8] F16 [D, n_tail, n_head_kv, n_stream] V
-//                                                              src[9] F16 [n_tail, n_q, 1, n_stream] mask
+//                                                              src[9] F16 [n_tail, n_q (+ 2), 1, n_stream] mask
 //     VIEW             src[0]                 src[1]           src[2] the tail as FLASH_ATTN_EXT takes it
 //     the mask (an input)                                      src[0] the tail's mask
 //
@@ -20,6 +20,12 @@
 //
 // A token in the tail is -inf in the mask of FLASH_ATTN_EXT and visible in the mask of the tail: one softmax runs over both.
 // Slots that are -inf in the tail's mask are not read, and may hold anything.
+//
+// The tail's mask may end in two more rows, which say whose rows the slots hold: row n_q has the low, row n_q + 1 the high 16
+// bits of each slot's cell (an index into K and V of this op), all ones for a slot of no cell. Then a cell with a slot is -inf
+// in the mask for every query, a slot without a cell is -inf in the tail's mask for every query, and a slot with a cell holds
+// finite values. So a backend may put the rows of the tail in the place of their cells and attend to n_kv columns; many queries
+// at once need this on CUDA. They ride on the mask because FLASH_ATTN_EXT has no source left.
 #pragma once
 
 #include "ggml.h"
@@ -40,6 +46,8 @@ extern "C" {
 #define GGML_PQ_SRC_VIEW                 1
 #define GGML_PQ_SRC_VIEW_TAIL            2
 #define GGML_PQ_SRC_MASK_TAIL_MASK       0
+
+#define GGML_PQ_TAIL_CELL_ROWS 2 // rows after those of the queries in a tail's mask that holds the cells of its slots
 
 GGML_API bool ggml_is_pq(enum ggml_type type);
 

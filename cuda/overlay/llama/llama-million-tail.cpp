@@ -222,7 +222,7 @@ void llama_million_tail::add_mask(ggml_context * ctx, ggml_tensor * mask, uint32
     if (n_used == 0) {
         return;
     }
-    ggml_tensor * t = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, n_used, mask->ne[1], mask->ne[2], mask->ne[3]);
+    ggml_tensor * t = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, n_used, mask->ne[1] + GGML_PQ_TAIL_CELL_ROWS, mask->ne[2], mask->ne[3]);
     ggml_set_input(t);
     ggml_format_name(t, "%s_tail", mask->name);
     ggml_pq_set_tail_mask(mask, t);
@@ -240,7 +240,7 @@ void llama_million_tail::fill_mask(ggml_tensor * mask, const std::vector<int32_t
     }
     GGML_ASSERT(mask->type == GGML_TYPE_F16 && tail_mask->type == GGML_TYPE_F16);
     GGML_ASSERT(ggml_backend_buffer_is_host(mask->buffer) && ggml_backend_buffer_is_host(tail_mask->buffer));
-    GGML_ASSERT((int64_t) strms.size() == mask->ne[3]);
+    GGML_ASSERT((int64_t) strms.size() == mask->ne[3] && tail_mask->ne[1] == mask->ne[1] + GGML_PQ_TAIL_CELL_ROWS);
 
     const ggml_fp16_t drop = ggml_fp32_to_fp16(-INFINITY);
     for (int64_t s = 0; s < mask->ne[3]; ++s) {
@@ -255,6 +255,14 @@ void llama_million_tail::fill_mask(ggml_tensor * mask, const std::vector<int32_t
                     std::swap(t[slot], m[cell]);
                 }
             }
+        }
+        uint16_t * low  = (uint16_t *) ((char *) tail_mask->data + mask->ne[1]*tail_mask->nb[1] + s*tail_mask->nb[3]);
+        uint16_t * high = (uint16_t *) ((char *) low + tail_mask->nb[1]);
+        for (int64_t slot = 0; slot < tail_mask->ne[0]; ++slot) {
+            const int32_t  cell = cell_of_slot[slot];
+            const uint32_t bits = cell < mask->ne[0] ? cell : -1;
+            low [slot] = (uint16_t) bits;
+            high[slot] = (uint16_t) (bits >> 16);
         }
     }
 }

@@ -6,8 +6,8 @@
 // exact, and a prompt attends to its own micro-batch exactly.
 //
 //     memory     k_tail, v_tail of a layer: F16 [D*n_head_kv, n_slots, n_stream]
-//     graph      tail K, V [D, n_used, n_head_kv, n_stream] ride on the views of the cache, tail_mask [n_used, n_q, 1, n_stream]
-//                on the mask, tail_idxs [n_tokens] on k_idxs and v_idxs (ggml-pq.h says where)
+//     graph      tail K, V [D, n_used, n_head_kv, n_stream] ride on the views of the cache, tail_mask [n_used, n_q + 2, 1, n_stream],
+//                which tells the cells of the slots too, on the mask, tail_idxs [n_tokens] on k_idxs and v_idxs (ggml-pq.h says where)
 //     host       which cell each slot holds, per stream
 #pragma once
 
@@ -64,12 +64,12 @@ public:
     void add_idxs (ggml_context * ctx, ggml_tensor * idxs) const;
     void fill_idxs(ggml_tensor * idxs, const std::vector<int32_t> & strms, const std::vector<std::vector<uint32_t>> & cells) const;
 
-    // A mask [n_kv, n_q, 1, n_stream] carries the tail's mask [n_used, n_q, 1, n_stream]; n_used 0: none.
+    // A mask [n_kv, n_q, 1, n_stream] carries the tail's mask [n_used, n_q + 2, 1, n_stream]; n_used 0: none.
     static void add_mask (ggml_context * ctx, ggml_tensor * mask, uint32_t n_used);
     static bool mask_fits(const ggml_tensor * mask, uint32_t n_used);
 
-    // Moves the columns of cells that are in the tail from a mask, filled as always, to the tail's mask. Rows of its
-    // stream s are those of strms[s].
+    // Moves the columns of cells that are in the tail from a mask, filled as always, to the tail's mask, and writes the cells
+    // of the slots there. Rows of its stream s are those of strms[s].
     void fill_mask(ggml_tensor * mask, const std::vector<int32_t> & strms) const;
 
 private:
