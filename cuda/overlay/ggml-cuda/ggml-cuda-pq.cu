@@ -155,7 +155,9 @@ bool ggml_cuda_pq_supports_op(int device, const ggml_tensor * op) {
 // No step reads the codes of the rows it writes: they are in the tail, which attention reads instead. So in prefill only the write
 // to the tail is on the way of the step, and the codes are made from there on a stream of their own, beside attention
 // and the feed-forward part of the layer. The next layer's write waits for them, and the last layer's stay on the main stream,
-// so that nothing is left to wait for at the end of the graph (a CUDA graph must join what it forked).
+// so that nothing is left to wait for at the end of the graph (a CUDA graph must join what it forked). The last layer is the last
+// one with the same indices: memory of an input is used for other tensors once the graph has no more reader of it.
+// Attention without a tail reads all codes, and waits for them.
 // A step of a few tokens encodes in order: there the launch of one more kernel costs more than it hides (measured on an
 // H200, 7B geometry: 318 tokens/s in order, 308 beside; prefill of 2048: 8841 and 9123).
 
@@ -185,9 +187,11 @@ static bool writes_codes(const ggml_tensor * t) {
     return t->op == GGML_OP_SET_ROWS && ggml_is_pq(t->type) && (t->flags & GGML_TENSOR_FLAG_COMPUTE);
 }
 
-static bool more_codes_follow(const ggml_cgraph * cgraph, int i) {
+// Whether a node after i writes codes and keeps the indices of `op`, and thereby what its encoder reads, alive until then
+static bool more_codes_follow(const ggml_cgraph * cgraph, int i, const ggml_tensor * op) {
     for (int j = i + 1; j < cgraph->n_nodes; j++) {
-        if (writes_codes(cgraph->nodes[j])) {
+        const ggml_tensor * t = cgraph->nodes[j];
+        if (writes_codes(t) && t->src[1] == op->src[1] && t->src[GGML_PQ_SRC_SET_ROWS_TAIL_IDX] == op->src[GGML_PQ_SRC_SET_ROWS_TAIL_IDX]) {
             return true;
         }
     }
@@ -235,6 +239,9 @@ bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor *
         pq_attn_params p;
         const char * why = ggml_pq_attn_params(op, p);
         GGML_ASSERT(!why);
+        if (p.tail.n == 0) {
+            wait_for_codes(ctx);
+        }
         switch (choose_attn_path(ctx.device, op, p, &why)) {
             case ATTN_CODED: attn_coded(ctx, p);   break;
             case ATTN_F16:   ggml_cuda_pq_prefill(ctx, op, p); break;
@@ -276,6 +283,6 @@ int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * c
     if (ggml_pq_encode_params(first, p[0]) || ggml_pq_encode_params(cgraph->nodes[j], p[1]) || p[0].n_rows != p[1].n_rows) {
         return 0;
     }
-    encode_step(ctx, p, more_codes_follow(cgraph, j));
+    encode_step(ctx, p, more_codes_follow(cgraph, j, first) && more_codes_follow(cgraph, j, cgraph->nodes[j]));
     return j - i;
 }
