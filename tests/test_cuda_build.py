@@ -55,8 +55,9 @@ BUDGETS = (
         "pq_encode_few_kernel", threads=256, blocks=3
     ),  # one token: all strips of a layer at once on 132 multiprocessors
     Budget("pq_encode_tile_kernel", threads=256, blocks=2, spills=32),
-    Budget("pq_decode_kernelILi[0-9]ELi(4|8)E", threads=256, blocks=2),  # one looks up while the other multiplies
-    Budget("pq_decode_kernelILi[0-9]ELi16E", threads=256, blocks=1),  # T^-1 of head size 256 takes half the registers
+    # two blocks keep four warps of each scheduler busy; what does not fit are constants of a tile, read again once per tile
+    Budget("pq_decode_kernelILi[0-9]ELi[24]E", threads=256, blocks=2, spills=192),
+    Budget("pq_decode_kernelILi[0-9]ELi8E", threads=256, blocks=1),  # y of head size 256 takes half the registers
     Budget("pq_decode_plain_kernel", threads=256, blocks=4),
     # any mixture of types, and tables of K and V one after the other: for what has no kernel of its own
     Budget("pq_write_tail_kernel", threads=256, blocks=4),

@@ -63,3 +63,21 @@ cudaError_t pq_cuda_write_tail(const pq_encode_params * sides, int n_sides, cuda
 
 // Codes -> rows, to p.x (f32), or, when x_f16 is not NULL, to x_f16 (f16; the strides of p.x then hold for it).
 cudaError_t pq_cuda_decode(const pq_decode_params & p, uint16_t * x_f16, cudaStream_t stream);
+
+// What pq_cuda_decode_side::row_source has beside slots of the tail
+#define PQ_ROW_CODES (-1) // the row is decoded
+#define PQ_ROW_ZERO  (-2) // the row becomes zero; its codes are not read
+
+// One side of a cache as f16 rows: most are decoded, some come from the exact tail.
+struct pq_cuda_decode_side {
+    pq_decode_params p;                 // n_rows rows by its strides; p.x is for x_f16 == NULL
+    size_t           codes_head_stride; // bytes between the heads of a cell
+    uint16_t       * x_f16;             // f16 [n_rows][n_head_kv][D], by the strides of p.x
+    const int32_t  * row_source;        // [n_rows]: PQ_ROW_CODES, PQ_ROW_ZERO or a slot of the tail; NULL: all rows are decoded
+    const uint8_t  * tail;              // f16 [slots][n_head_kv][D], by strides
+    size_t           tail_row_stride;
+    size_t           tail_head_stride;
+};
+
+// Fills the sides (K and V, 1 or 2), in one launch when they have the same type and head size.
+cudaError_t pq_cuda_decode_rows(const pq_cuda_decode_side * sides, int n_sides, cudaStream_t stream);

@@ -1,11 +1,17 @@
-// Decode: codes -> rows x = y T^-1 + mu. A block takes one head and every n-th tile of 64 cells. The head's centroids lie in shared
-// memory; a tile of y is looked up as f16, which is exact, and multiplied by T^-1, which stays in registers, on tensor cores.
+// Decode: codes -> rows x = y T^-1 + mu. Persistent blocks: each takes a head of a side and every n-th tile of its rows.
 //
-// Each warp has 32 columns of the result. Its four 8-column products are of every fourth pair of them, so that a thread ends with
-// 8 neighbours of a row and stores 16 bytes at once.
+// A warp works alone on tiles of 32 rows. It looks up y, which is exact in f16, straight into the registers of the tensor-core
+// product y T^-1: a register holds two neighbours of y, which is an entry of the table (half an entry of pq2's). Which elements of y
+// meet in one step of the product is free as long as the rows of T^-1 follow: lane t of a row's four takes the t-th quarter of
+// the row, so that its codes lie side by side. Table and T^-1 stay in shared memory; warps wait for each other only at the start.
+//
+// The columns of T^-1 are mixed, too: the four 8-column products of 32 columns are of every fourth pair of them, so that a
+// thread ends with 8 neighbours of a row and stores 16 bytes at once.
+//
+// A row may also come from the exact tail, or be zero (row_source): then it is copied. A block without coded rows loads no codebook.
 #pragma once
 
-#include "../pq/pq-params.h"
+#include "pq-cuda.h"
 #include "pq-launch.cuh"
 #include "pq-mma.cuh"
 
@@ -15,15 +21,20 @@
 
 namespace {
 
-constexpr int PQ_DECODE_THREADS    = 256;
-constexpr int PQ_DECODE_TILE_CELLS = 64;
+constexpr int PQ_DECODE_THREADS = 256;
+constexpr int PQ_DECODE_WARPS   = PQ_DECODE_THREADS / 32;
+constexpr int PQ_DECODE_ROWS    = 32; // of a warp's tile: two products of 16 rows share what is read of T^-1
+constexpr int PQ_ROW_NONE       = -3; // beyond the last row
+
+struct pq_decode_side {
+    pq_cuda_decode_side s;
+    pq_codebook_layout  layout;
+};
 
 struct pq_decode_args {
-    pq_decode_params   p;
-    pq_codebook_layout layout;
-    size_t             head_bytes;    // of codes
-    uint16_t         * x_f16;         // NULL: f32 to p.x
-    int32_t            table_in_smem; // 0: centroids are read through the cache, where shared memory is too small
+    pq_decode_side side[2];       // K and V, or only the first
+    int32_t        n_cols;        // columns of a block, a multiple of 32
+    int32_t        table_in_smem; // 0: centroids are read through the cache, where shared memory is too small
 };
 
 template <int TYPE> struct pq_decode_geom;
@@ -67,209 +78,298 @@ __device__ __forceinline__ uint4 pq_decode_lookup(const __half * table, uint32_t
     }
 }
 
-__device__ __forceinline__ void pq_decode_store(const pq_decode_args & a, int64_t row, int head, int col, const float (&x)[8]) {
-    const size_t offset = row * a.p.x_row_stride + head * a.p.x_head_stride;
-    if (a.x_f16) {
+template <bool F16 /* known to be f16 */>
+__device__ __forceinline__ void pq_decode_store(const pq_cuda_decode_side & s, int64_t row, int head, int col, const float (&x)[8]) {
+    const size_t offset = row * s.p.x_row_stride + head * s.p.x_head_stride;
+    if (F16 || s.x_f16) {
         union { __half2 h[4]; uint4 u; } v;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             v.h[i] = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
         }
-        *(uint4 *) ((uint8_t *) a.x_f16 + offset + col * sizeof(__half)) = v.u;
+        *(uint4 *) ((uint8_t *) s.x_f16 + offset + col * sizeof(__half)) = v.u;
     } else {
-        float4 * dst = (float4 *) ((uint8_t *) a.p.x + offset + col * sizeof(float));
+        float4 * dst = (float4 *) ((uint8_t *) s.p.x + offset + col * sizeof(float));
         dst[0] = make_float4(x[0], x[1], x[2], x[3]);
         dst[1] = make_float4(x[4], x[5], x[6], x[7]);
     }
 }
 
-__device__ __forceinline__ void pq_decode_load_mu(float (&mu)[8], const float * src) {
-    const float4 lo = __ldg((const float4 *) src), hi = __ldg((const float4 *) src + 1);
-    mu[0] = lo.x; mu[1] = lo.y; mu[2] = lo.z; mu[3] = lo.w;
-    mu[4] = hi.x; mu[5] = hi.y; mu[6] = hi.z; mu[7] = hi.w;
+__device__ __forceinline__ int pq_decode_row_source(const pq_cuda_decode_side & s, int64_t row) {
+    return row >= s.p.n_rows ? PQ_ROW_NONE : s.row_source ? s.row_source[row] : PQ_ROW_CODES;
+}
+
+// 8 halves of a row that is not decoded
+__device__ __forceinline__ uint4 pq_decode_load_tail(const pq_cuda_decode_side & s, int source, int head, int piece) {
+    return source < 0 ? make_uint4(0, 0, 0, 0) :
+        *((const uint4 *) (s.tail + source * s.tail_row_stride + head * s.tail_head_stride) + piece);
 }
 
 template <int TYPE>
-__device__ __forceinline__ void pq_decode_start_table(const pq_decode_args & a, const __half * centroids, __half * table) {
+__device__ __forceinline__ void pq_decode_start_table(const pq_decode_args & a, int D, const __half * centroids, __half * table) {
     if (a.table_in_smem) {
-        for (int i = threadIdx.x; i < a.p.D * pq_decode_geom<TYPE>::KSUB / 8; i += PQ_DECODE_THREADS) {
+        for (int i = threadIdx.x; i < D * pq_decode_geom<TYPE>::KSUB / 8; i += PQ_DECODE_THREADS) {
             pq_cp_async((uint4 *) table + i, (const uint4 *) centroids + i);
         }
     }
 }
 
-// grid: (parts of the context, heads). Dynamic shared memory: the table, f16 [M][KSUB][DSUB]
+// grid: (parts of the rows, heads of all sides). Dynamic shared memory: the table, f16 [M][KSUB][DSUB]
 template <int TYPE>
 __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_plain_kernel(const __grid_constant__ pq_decode_args a) {
     extern __shared__ __align__(16) uint8_t pq_decode_smem[];
     __half * table = (__half *) pq_decode_smem;
-    const int head    = blockIdx.y;
-    const int n_units = a.p.D / 8;
-    const uint8_t * block     = a.p.codebook + (size_t) head * a.layout.head_bytes;
-    const __half  * centroids = (const __half *) (block + a.layout.centroids);
-    const float   * mu        = (const float *) (block + a.layout.mu);
-    const uint8_t * codes     = a.p.codes + head * a.head_bytes;
+    const int  n_head_0 = a.side[0].s.p.n_head_kv;
+    const bool second   = (int) blockIdx.y >= n_head_0;
+    const int  head     = blockIdx.y - (second ? n_head_0 : 0);
+    const pq_cuda_decode_side & s      = a.side[second].s;
+    const pq_codebook_layout  & layout = a.side[second].layout;
+    const int n_units = s.p.D / 8;
+    const uint8_t * block     = s.p.codebook + (size_t) head * layout.head_bytes;
+    const __half  * centroids = (const __half *) (block + layout.centroids);
+    const float   * mu        = (const float *) (block + layout.mu);
+    const uint8_t * codes     = s.p.codes + head * s.codes_head_stride;
 
-    pq_decode_start_table<TYPE>(a, centroids, table);
+    pq_decode_start_table<TYPE>(a, s.p.D, centroids, table);
     pq_pdl_wait();
     pq_pdl_launch_next();
     pq_cp_async_wait();
     __syncthreads();
 
-    const int64_t n = a.p.n_rows * n_units;
+    const int64_t n = s.p.n_rows * n_units;
     for (int64_t i = (int64_t) blockIdx.x * PQ_DECODE_THREADS + threadIdx.x; i < n; i += (int64_t) gridDim.x * PQ_DECODE_THREADS) {
-        const int64_t row = i / n_units;
-        const int     j   = (int) (i % n_units);
-        const uint32_t c  = pq_decode_load_unit<TYPE>(codes + row * a.p.codes_row_stride + j * pq_decode_geom<TYPE>::UNIT_BYTES);
+        const int64_t row    = i / n_units;
+        const int     j      = (int) (i % n_units);
+        const int     source = pq_decode_row_source(s, row);
+        if (source != PQ_ROW_CODES) {
+            *((uint4 *) ((uint8_t *) s.x_f16 + row * s.p.x_row_stride + head * s.p.x_head_stride) + j) =
+                pq_decode_load_tail(s, source, head, j);
+            continue;
+        }
+        const uint32_t c = pq_decode_load_unit<TYPE>(codes + row * s.p.codes_row_stride + j * pq_decode_geom<TYPE>::UNIT_BYTES);
         union { uint4 u; __half h[8]; } y;
         y.u = a.table_in_smem ? pq_decode_lookup<TYPE, false>(table, c, j) : pq_decode_lookup<TYPE, true>(centroids, c, j);
         float x[8];
-        pq_decode_load_mu(x, mu + j * 8);
 #pragma unroll
         for (int e = 0; e < 8; e++) {
-            x[e] += __half2float(y.h[e]);
+            x[e] = __half2float(y.h[e]) + __ldg(mu + j * 8 + e);
         }
-        pq_decode_store(a, row, head, j * 8, x);
+        pq_decode_store<false>(s, row, head, j * 8, x);
     }
 }
 
-// grid: (parts of the context, heads). Dynamic shared memory: the tile, f16 [64][16 * KS + 8], and the table
-template <int TYPE, int KS /* steps of 16 elements; D <= 16 * KS */>
-__global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_kernel(const __grid_constant__ pq_decode_args a) {
-    static_assert(KS == 4 || KS == 8 || KS == 16, "8 warps: KS / 2 of them side by side, 16 / KS below each other");
-    typedef pq_decode_geom<TYPE> G;
-    constexpr int STRIDE  = 16 * KS + 8; // halves; + 8: the 8 rows of a matrix load lie in different banks
-    constexpr int N_WARPS = KS / 2;
-    constexpr int M_TILES = KS / 4;      // tiles of 16 rows per warp
-    constexpr int UNITS   = KS / 2;      // units per thread and tile: 64 cells * 2 * KS units / 256 threads
+// Codes of a lane's units, as bytes that are loaded at once: the largest of 16, 4 and 1 that divides them. Where that is 1, unit by unit.
+template <int TYPE, int U>
+__host__ __device__ constexpr int pq_decode_codes_align() {
+    constexpr int bytes = U * pq_decode_geom<TYPE>::UNIT_BYTES;
+    return bytes % 16 == 0 ? 16 : bytes % 4 == 0 ? 4 : 1;
+}
+
+// Units of a lane, which lie side by side. `n`: those that the head has
+template <int TYPE, int U, bool FULL>
+__device__ __forceinline__ void pq_decode_load_codes(uint32_t (&c)[U], const uint8_t * p, int n) {
+    constexpr int UNIT  = pq_decode_geom<TYPE>::UNIT_BYTES;
+    constexpr int WORDS = U * UNIT / 4;
+    constexpr int ALIGN = pq_decode_codes_align<TYPE, U>();
+    if constexpr (FULL && ALIGN > 1) {
+        uint32_t w[WORDS];
+        if constexpr (ALIGN == 16) {
+#pragma unroll
+            for (int i = 0; i < WORDS / 4; i++) {
+                const uint4 v = ((const uint4 *) p)[i];
+                w[4 * i] = v.x; w[4 * i + 1] = v.y; w[4 * i + 2] = v.z; w[4 * i + 3] = v.w;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < WORDS; i++) {
+                w[i] = ((const uint32_t *) p)[i];
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < U; u++) { // the bits above a unit's do not matter
+            const int bit = 8 * UNIT * u;
+            c[u] = bit % 32 + 8 * UNIT <= 32 ? w[bit / 32] >> bit % 32 : __funnelshift_r(w[bit / 32], w[bit / 32 + 1], bit % 32);
+        }
+    } else {
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            c[u] = FULL || u < n ? pq_decode_load_unit<TYPE>(p + u * UNIT) : 0;
+        }
+    }
+}
+
+// Element of y (row of T^-1) that the product has at place k; lane t of a row's four takes units t * U, ..., t * U + U - 1.
+template <int U>
+__device__ __forceinline__ int pq_decode_element(int k) {
+    const int step = k / 16, t = k % 8 / 2;
+    return 8 * (t * U + step / 2) + step % 2 * 4 + k % 16 / 8 * 2 + k % 2;
+}
+
+template <int U>
+struct pq_decode_smem_layout {
+    static constexpr int MAX_COLS = U == 2 ? 64 : 128;
+    static constexpr int STRIDE   = MAX_COLS + 8; // halves; + 8: the 8 rows of a matrix load lie in different banks
+    static constexpr int T_BYTES  = 32 * U * STRIDE * (int) sizeof(uint16_t);
+    static constexpr int MU_BYTES = MAX_COLS * (int) sizeof(float);
+    // T_inv: f16 [32 * U][STRIDE] | mu: f32 [MAX_COLS] | table: f16 [M][KSUB][DSUB]
+};
+
+// grid: (parts of the rows, heads of all sides, parts of the columns). Dynamic shared memory: pq_decode_smem_layout
+template <int TYPE, int U /* units of 8 elements per lane; D <= 32 * U */, bool FULL /* D == 32 * U, f16 rows, codes aligned */>
+__global__ void __launch_bounds__(PQ_DECODE_THREADS, U <= 4 ? 2 : 1) pq_decode_kernel(const __grid_constant__ pq_decode_args a) {
+    typedef pq_decode_smem_layout<U> S;
+    constexpr int KS     = 2 * U; // steps of 16 elements
+    constexpr int STRIDE = S::STRIDE;
 
     extern __shared__ __align__(16) uint8_t pq_decode_smem[];
-    __half * tile  = (__half *) pq_decode_smem;
-    __half * table = tile + PQ_DECODE_TILE_CELLS * STRIDE;
+    __half * T_inv = (__half *) pq_decode_smem;
+    float  * mu    = (float *) (pq_decode_smem + S::T_BYTES);
+    __half * table = (__half *) (pq_decode_smem + S::T_BYTES + S::MU_BYTES);
 
-    const int tid     = threadIdx.x;
-    const int lane    = tid % 32;
-    const int warp_n  = tid / 32 % N_WARPS;
-    const int warp_m  = tid / 32 / N_WARPS;
-    const int head    = blockIdx.y;
-    const int D       = a.p.D;
-    const int n_units = D / 8;
-    const int n_k     = (D + 15) / 16;
-    const uint8_t * block     = a.p.codebook + (size_t) head * a.layout.head_bytes;
-    const __half  * centroids = (const __half *) (block + a.layout.centroids);
-    const __half  * T_inv     = (const __half *) (block + a.layout.T_inv);
-    const uint8_t * codes     = a.p.codes + head * a.head_bytes;
+    const int  tid      = threadIdx.x;
+    const int  lane     = tid % 32;
+    const int  g        = lane / 4, t = lane % 4;
+    const int  n_head_0 = a.side[0].s.p.n_head_kv;
+    const bool second   = (int) blockIdx.y >= n_head_0;
+    const int  head     = blockIdx.y - (second ? n_head_0 : 0);
+    const pq_cuda_decode_side & s      = a.side[second].s;
+    const pq_codebook_layout  & layout = a.side[second].layout;
+    const int  D        = FULL ? 32 * U : s.p.D;
+    const int  col0     = blockIdx.z * a.n_cols;
+    const int  n_mine   = FULL ? U : min(U, D / 8 - t * U); // units of this lane, may be negative
+    const uint8_t * block     = s.p.codebook + (size_t) head * layout.head_bytes;
+    const __half  * centroids = (const __half *) (block + layout.centroids);
+    const uint8_t * codes     = s.p.codes + head * s.codes_head_stride + t * (U * pq_decode_geom<TYPE>::UNIT_BYTES);
 
-    pq_decode_start_table<TYPE>(a, centroids, table);
+    pq_pdl_wait();
+    pq_pdl_launch_next();
 
-    // T^-1 to registers, 64 rows at a time through the tile. Columns 8q + 2i, 8q + 2i + 1 of a warp's 32 go to place 2q of product i.
-    uint32_t b[KS][4][2];
-#pragma unroll
-    for (int k0 = 0; k0 < KS; k0 += 4) {
-        for (int i = tid; i < PQ_DECODE_TILE_CELLS * 2 * KS; i += PQ_DECODE_THREADS) {
-            const int row = i / (2 * KS);
-            const int col = i % (2 * KS) * 8;
+    // neighbouring tiles go to different blocks, so that a few tiles make many blocks busy
+    const int step   = gridDim.x * PQ_DECODE_WARPS * PQ_DECODE_ROWS;
+    const int first  = (tid / 32 * gridDim.x + blockIdx.x) * PQ_DECODE_ROWS;
+    const int n_rows = (int) s.p.n_rows;
+    bool any = false;
+    for (int row0 = first; row0 < n_rows && !any; row0 += step) {
+        any = __any_sync(0xffffffff, pq_decode_row_source(s, row0 + lane) == PQ_ROW_CODES);
+    }
+    if (__syncthreads_or(any)) {
+        pq_decode_start_table<TYPE>(a, D, centroids, table);
+        const __half * src = (const __half *) (block + layout.T_inv);
+#pragma unroll 4
+        for (int i = tid; i < 32 * U * (S::MAX_COLS / 8); i += PQ_DECODE_THREADS) {
+            const int k   = i / (S::MAX_COLS / 8);
+            const int col = i % (S::MAX_COLS / 8) * 8;
+            const int e   = pq_decode_element<U>(k);
             union { uint4 u; uint32_t w[4]; } v;
             v.u = make_uint4(0, 0, 0, 0);
-            if (16 * k0 + row < D && col < D) {
-                v.u = __ldg((const uint4 *) (T_inv + (size_t) (16 * k0 + row) * D + col));
+            if (e < D && col < a.n_cols && col0 + col < D) {
+                v.u = __ldg((const uint4 *) (src + (size_t) e * D + col0 + col));
             }
-            uint32_t * dst = (uint32_t *) (tile + row * STRIDE + col / 32 * 32 + col % 32 / 4);
+            // columns 8q + 2i, 8q + 2i + 1 of 32 go to place 2q of product i
+            uint32_t * dst = (uint32_t *) (T_inv + k * STRIDE + col / 32 * 32 + col % 32 / 4);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 dst[4 * j] = v.w[j];
             }
         }
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-#pragma unroll
-            for (int j = 0; j < 4; j += 2) { // rows 0-7 and 8-15 of product j, then of j + 1
-                uint32_t r[4];
-                pq_ldmatrix_trans(r, tile + (16 * k + lane % 16) * STRIDE + 32 * warp_n + 8 * (j + lane / 16));
-                b[k0 + k][j][0]     = r[0];
-                b[k0 + k][j][1]     = r[1];
-                b[k0 + k][j + 1][0] = r[2];
-                b[k0 + k][j + 1][1] = r[3];
-            }
+        for (int i = tid; i < S::MAX_COLS; i += PQ_DECODE_THREADS) {
+            mu[i] = i < a.n_cols && col0 + i < D ? __ldg((const float *) (block + layout.mu) + col0 + i) : 0.0f;
         }
+        pq_cp_async_wait();
         __syncthreads();
     }
-    // where D is an odd multiple of 8, the last step reads 8 elements past it
-    if (tid < PQ_DECODE_TILE_CELLS && D % 16 != 0) {
-        *(uint4 *) (tile + tid * STRIDE + D) = make_uint4(0, 0, 0, 0);
-    }
 
-    const int col = 32 * warp_n + 8 * (lane % 4); // this thread's 8 columns
-    float mu[8] = {};
-    if (col < D) {
-        pq_decode_load_mu(mu, (const float *) (block + a.layout.mu) + col);
-    }
+#pragma unroll 1
+    for (int row0 = first; row0 < n_rows; row0 += step) {
+        const int      source = pq_decode_row_source(s, row0 + lane);
+        const unsigned coded  = __ballot_sync(0xffffffff, source == PQ_ROW_CODES);
+        const unsigned other  = __ballot_sync(0xffffffff, source >= 0 || source == PQ_ROW_ZERO);
 
-    pq_pdl_wait();
-    pq_pdl_launch_next();
-
-    uint32_t c[UNITS]; // codes of the next tile, on their way while this one is multiplied
-    const auto load_codes = [&](int64_t row0) {
+        if (other != 0 && col0 == 0) {
+            const int n_pieces = D / 8; // of a row, 16 bytes each
+            for (int i0 = 0; i0 < n_pieces; i0 += 4) {
+                uint4 v[4];
+                int   row[4], piece[4];
 #pragma unroll
-        for (int i = 0; i < UNITS; i++) {
-            const int u    = tid + i * PQ_DECODE_THREADS;
-            const int cell = u / n_units;
-            if (cell < PQ_DECODE_TILE_CELLS && row0 + cell < a.p.n_rows) {
-                c[i] = pq_decode_load_unit<TYPE>(codes + (row0 + cell) * a.p.codes_row_stride + u % n_units * G::UNIT_BYTES);
-            }
-        }
-    };
-    const int64_t step = (int64_t) gridDim.x * PQ_DECODE_TILE_CELLS;
-    int64_t       row0 = (int64_t) blockIdx.x * PQ_DECODE_TILE_CELLS;
+                for (int j = 0; j < 4; j++) {
+                    const int i = (i0 + j) * 32 + lane;
+                    row[j]   = min(i / n_pieces, PQ_DECODE_ROWS - 1);
+                    piece[j] = i % n_pieces;
+                    const int from = __shfl_sync(0xffffffff, source, row[j]);
+                    if (i0 + j >= n_pieces || (other >> row[j] & 1) == 0) {
+                        row[j] = -1;
+                    } else {
+                        v[j] = pq_decode_load_tail(s, from, head, piece[j]);
+                    }
+                }
 #pragma unroll
-    for (int i = 0; i < UNITS; i++) {
-        c[i] = 0; // rows past the end decode code 0 and are not stored
-    }
-    load_codes(row0);
-    pq_cp_async_wait();
-
-    for (; row0 < a.p.n_rows; row0 += step) {
-        __syncthreads(); // the tile is free, and at first the table is there
-#pragma unroll
-        for (int i = 0; i < UNITS; i++) {
-            const int u    = tid + i * PQ_DECODE_THREADS;
-            const int cell = u / n_units;
-            const int j    = u % n_units;
-            if (cell < PQ_DECODE_TILE_CELLS) {
-                *(uint4 *) (tile + cell * STRIDE + 8 * j) =
-                    a.table_in_smem ? pq_decode_lookup<TYPE, false>(table, c[i], j) : pq_decode_lookup<TYPE, true>(centroids, c[i], j);
-            }
-        }
-        load_codes(row0 + step);
-        __syncthreads();
-
-#pragma unroll
-        for (int t = 0; t < M_TILES; t++) {
-            const int row = (warp_m * M_TILES + t) * 16;
-            float acc[4][4] = {};
-#pragma unroll
-            for (int k = 0; k < KS; k++) {
-                if (k < n_k) {
-                    uint32_t y[4];
-                    pq_ldmatrix(y, tile + (row + lane % 16) * STRIDE + 16 * k + lane / 16 * 8);
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        pq_mma_k16(acc[j], y, b[k][j][0], b[k][j][1], acc[j]);
+                for (int j = 0; j < 4; j++) {
+                    if (row[j] >= 0) {
+                        *((uint4 *) ((uint8_t *) s.x_f16 + (int64_t) (row0 + row[j]) * s.p.x_row_stride + head * s.p.x_head_stride) + piece[j]) = v[j];
                     }
                 }
             }
+        }
+        if (coded == 0) {
+            continue;
+        }
+
+        uint32_t y[2][KS][4]; // operands of rows 0-15 and 16-31
+        {
+            uint32_t c[4][U]; // of rows g, g + 8, g + 16, g + 24
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int64_t cell = row0 + row + 8 * h + lane / 4;
-                if (cell < a.p.n_rows && col < D) {
-                    float x[8];
+            for (int i = 0; i < 4; i++) {
+                const int row = g + 8 * i;
+                const int64_t from = row0 + (coded >> row & 1 ? row : __ffs(coded) - 1); // any codes will do where none are needed
+                pq_decode_load_codes<TYPE, U, FULL>(c[i], codes + from * s.p.codes_row_stride, n_mine);
+            }
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    uint4 v = make_uint4(0, 0, 0, 0);
+                    if (FULL || u < n_mine) {
+                        v = U <= 4 || a.table_in_smem ? pq_decode_lookup<TYPE, false>(table, c[i][u], t * U + u) :
+                                                        pq_decode_lookup<TYPE, true>(centroids, c[i][u], t * U + u);
+                    }
+                    y[i / 2][2 * u][i % 2]         = v.x;
+                    y[i / 2][2 * u][2 + i % 2]     = v.y;
+                    y[i / 2][2 * u + 1][i % 2]     = v.z;
+                    y[i / 2][2 * u + 1][2 + i % 2] = v.w;
+                }
+            }
+        }
+
+#pragma unroll 1
+        for (int c0 = 0; c0 < a.n_cols; c0 += 32) {
+            float acc[2][4][4] = {};
+            const __half * b_row = T_inv + lane % 16 * STRIDE + c0 + lane / 16 * 8;
+#pragma unroll
+            for (int k = 0; k < KS; k++) {
+                uint32_t b[2][4]; // rows 0-7 and 8-15 of products 0 and 1, then of 2 and 3
+                pq_ldmatrix_trans(b[0], b_row + 16 * k * STRIDE);
+                pq_ldmatrix_trans(b[1], b_row + 16 * k * STRIDE + 16);
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
-                        x[2 * j]     = acc[j][2 * h]     + mu[2 * j];
-                        x[2 * j + 1] = acc[j][2 * h + 1] + mu[2 * j + 1];
+                        pq_mma_k16(acc[m][j], y[m][k], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], acc[m][j]);
                     }
-                    pq_decode_store(a, cell, head, col, x);
+                }
+            }
+            const int    col = c0 + 8 * t; // this thread's 8 columns
+            const float4 lo  = *(const float4 *) (mu + col), hi = *(const float4 *) (mu + col + 4);
+            const float  m8[8] = { lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w };
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int row = g + 8 * i;
+                if ((coded >> row & 1) && (FULL || col0 + col < D)) {
+                    float x[8];
+#pragma unroll
+                    for (int j = 0; j < 8; j++) {
+                        x[j] = acc[i / 2][j / 2][i % 2 * 2 + j % 2] + m8[j];
+                    }
+                    pq_decode_store<FULL>(s, row0 + row, head, col0 + col, x);
                 }
             }
         }

@@ -282,6 +282,155 @@ static void test_decode(pq_type type, int D, int n_head_kv, bool has_transform, 
     check(err / sum < 1e-11 && err16 / sum < 2e-7, text); // f32 sums in another order; f16 rounds to 11 bits
 }
 
+// ---- rows from codes, from the tail, and zeros ----
+
+enum row_sources {
+    ROWS_ALL_CODES, // no row_source
+    ROWS_MIXED,     // every kind in turn and in runs; the last rows, which have no codes, are zero
+    ROWS_NO_CODES,  // as in the first step of a prompt
+    ROWS_ONE_CODE,  // only the last row
+};
+
+struct decode_side {
+    pq_type type;
+    int     D, n_head_kv;
+    bool    has_transform, heads_apart; // heads_apart: heads are not side by side within a cell
+
+    size_t cell_bytes() const { return n_head_kv * pq_head_bytes(type, D); }
+};
+
+// Decodes the sides in one call, and compares each with the CPU.
+static void test_decode_rows(const std::vector<decode_side> & sides, int n_rows, row_sources sources) {
+    constexpr int N_SLOTS = 77;
+    std::vector<int32_t> source(n_rows, PQ_ROW_CODES);
+    int n_cells = sources == ROWS_MIXED ? n_rows - n_rows / 5 : n_rows;
+    for (int i = 0; i < n_rows; i++) {
+        const int slot = (int) (rng() % N_SLOTS);
+        if (sources == ROWS_NO_CODES || (sources == ROWS_ONE_CODE && i != n_rows - 1)) {
+            source[i] = i % 7 == 3 ? PQ_ROW_ZERO : slot;
+        } else if (sources == ROWS_MIXED) {
+            const int run = i / 48 % 3; // longer than a tile, so that some tiles are of one kind
+            source[i] = i >= n_cells || rng() % 16 == 0 ? PQ_ROW_ZERO : run == 0 ? slot : run == 1 || rng() % 2 ? PQ_ROW_CODES : slot;
+        }
+    }
+    n_cells = sources == ROWS_NO_CODES ? 0 : n_cells;
+    const device_array<int32_t> d_source(source);
+
+    struct memory {
+        std::vector<uint8_t>   codebook, codes;
+        std::vector<uint16_t>  tail;
+        device_array<uint8_t>  d_codebook, d_codes;
+        device_array<uint16_t> d_tail, d_x;
+    };
+    std::vector<memory>              all;
+    std::vector<pq_cuda_decode_side> params;
+    all.reserve(sides.size());
+    for (const decode_side & c : sides) {
+        std::vector<uint8_t> codebook = make_codebook(c.type, c.D, c.n_head_kv, c.has_transform), codes(std::max<size_t>(1, n_cells * c.cell_bytes()));
+        for (uint8_t & b : codes) {
+            b = (uint8_t) rng();
+        }
+        std::vector<uint16_t> tail((size_t) N_SLOTS * c.n_head_kv * c.D);
+        for (uint16_t & t : tail) {
+            t = (uint16_t) (rng() % 0x7c00);
+        }
+        device_array<uint8_t>  d_codebook(codebook), d_codes(codes);
+        device_array<uint16_t> d_tail(tail), d_x(std::vector<uint16_t>((size_t) n_rows * c.n_head_kv * c.D, 0x7e00)); // NaN
+        all.push_back({ codebook, codes, tail, std::move(d_codebook), std::move(d_codes), std::move(d_tail), std::move(d_x) });
+        const memory & m = all.back();
+        pq_cuda_decode_side s = {};
+        s.p.type             = c.type;
+        s.p.D                = c.D;
+        s.p.n_head_kv        = c.n_head_kv;
+        s.p.n_rows           = n_rows;
+        s.p.codebook         = m.d_codebook.p;
+        s.p.has_transform    = c.has_transform;
+        s.p.codes            = m.d_codes.p;
+        s.p.codes_row_stride = c.heads_apart ? pq_head_bytes(c.type, c.D) : c.cell_bytes();
+        s.codes_head_stride  = c.heads_apart ? n_cells * pq_head_bytes(c.type, c.D) : pq_head_bytes(c.type, c.D);
+        s.p.x_row_stride     = c.D * sizeof(uint16_t);
+        s.p.x_head_stride    = (size_t) n_rows * c.D * sizeof(uint16_t);
+        s.x_f16              = m.d_x.p;
+        s.row_source         = sources == ROWS_ALL_CODES ? nullptr : d_source.p;
+        s.tail               = (const uint8_t *) m.d_tail.p;
+        s.tail_row_stride    = c.n_head_kv * c.D * sizeof(uint16_t);
+        s.tail_head_stride   = c.D * sizeof(uint16_t);
+        params.push_back(s);
+    }
+    CUDA(pq_cuda_decode_rows(params.data(), (int) params.size(), 0));
+    CUDA(cudaDeviceSynchronize());
+
+    for (size_t i = 0; i < sides.size(); i++) {
+        const decode_side & c   = sides[i];
+        const memory      & m   = all[i];
+        const std::vector<uint16_t> got = m.d_x.host();
+        std::vector<float> want((size_t) std::max(n_cells, 1) * c.D);
+        double err = 0, sum = 1e-30;
+        size_t copies_differ = 0;
+        for (int h = 0; h < c.n_head_kv; h++) {
+            pq_decode_params p = params[i].p;
+            p.n_head_kv     = 1;
+            p.n_rows        = n_cells;
+            p.codebook      = m.codebook.data() + h * pq_get_codebook_layout(c.type, c.D, c.has_transform).head_bytes;
+            p.codes         = m.codes.data() + h * params[i].codes_head_stride;
+            p.x             = want.data();
+            p.x_row_stride  = c.D * sizeof(float);
+            p.x_head_stride = 0;
+            std::vector<uint8_t> scratch(pq_decode_scratch_size(&p));
+            for (int64_t item = 0; n_cells > 0 && item < pq_decode_n_items(&p); item++) {
+                pq_decode_item(&p, item, scratch.data());
+            }
+            for (int r = 0; r < n_rows; r++) {
+                for (int e = 0; e < c.D; e++) {
+                    const uint16_t x = got[((size_t) h * n_rows + r) * c.D + e];
+                    if (source[r] == PQ_ROW_CODES) {
+                        __half x16;
+                        memcpy(&x16, &x, sizeof(x16));
+                        const double w = want[(size_t) r * c.D + e], d = __half2float(x16) - w;
+                        err += d == d ? d * d : INFINITY;
+                        sum += w * w;
+                    } else {
+                        copies_differ += x != (source[r] < 0 ? 0 : m.tail[((size_t) source[r] * c.n_head_kv + h) * c.D + e]);
+                    }
+                }
+            }
+        }
+        char text[200];
+        snprintf(text, sizeof(text), "decode rows, side %d of %d: type %d, D %d, %d heads (apart %d), transform %d, %d rows, sources %d: "
+                 "NMSE %g, %d copied elements differ", (int) i, (int) sides.size(), c.type, c.D, c.n_head_kv, c.heads_apart,
+                 c.has_transform, n_rows, sources, err / sum, (int) copies_differ);
+        check(err / sum < 2e-7 && copies_differ == 0, text);
+    }
+}
+
+static void test_decode_rows(bool quick) {
+    const std::vector<int> all_D    = quick ? std::vector<int> { 80, 128 } : std::vector<int> { 8, 24, 64, 72, 80, 96, 128, 136, 192, 256 };
+    const std::vector<int> all_rows = quick ? std::vector<int> { 1, 97 } : std::vector<int> { 1, 31, 32, 33, 256, 500 };
+    for (const row_sources sources : { ROWS_ALL_CODES, ROWS_MIXED, ROWS_NO_CODES, ROWS_ONE_CODE }) {
+        for (const pq_type type : { PQ_TYPE_PQ4, PQ_TYPE_PQ3, PQ_TYPE_PQ2 }) {
+            for (const bool has_transform : { false, true }) {
+                for (const int D : all_D) {
+                    const decode_side k = { type, D, 3, has_transform, false };
+                    test_decode_rows({ k }, all_rows.back(), sources);
+                    test_decode_rows({ k, k }, 70, sources);
+                }
+                const decode_side k = { type, 128, 2, has_transform, false };
+                for (const int n_rows : all_rows) {
+                    test_decode_rows({ k, k }, n_rows, sources);
+                }
+                // sides that differ, and heads that lie apart
+                test_decode_rows({ k, { PQ_TYPE_PQ2, 128, 2, has_transform, false } }, 97, sources);
+                test_decode_rows({ k, { type, 128, 5, has_transform, true } }, 97, sources);
+                test_decode_rows({ k, { type, 64, 2, !has_transform, false } }, 97, sources);
+            }
+        }
+        if (!quick) { // warps take several tiles, and blocks end at different rows
+            const decode_side k = { PQ_TYPE_PQ4, 128, 32, true, false };
+            test_decode_rows({ k, k }, 4000, sources);
+        }
+    }
+}
+
 static void test(bool quick) {
     const std::vector<int> all_D    = quick ? std::vector<int> { 80, 128 } : std::vector<int> { 8, 24, 64, 80, 96, 128, 192, 256 };
     const std::vector<int> all_rows = quick ? std::vector<int> { 1, 70 } : std::vector<int> { 1, 3, 8, 31, 33, 130, 300 };
@@ -305,6 +454,7 @@ static void test(bool quick) {
             test_encode({ k, { PQ_TYPE_PQ2, 64, 4, false, true, true, side_case::NORMAL } }, n_rows);
         }
     }
+    test_decode_rows(quick);
     if (!quick) { // large: every multiprocessor takes several tiles
         test_encode({ { PQ_TYPE_PQ4, 128, 8, true, false, true, side_case::NORMAL } }, 2048);
         test_decode(PQ_TYPE_PQ4, 128, 8, true, 5000);
@@ -398,26 +548,45 @@ static void bench() {
                 });
                 printf("  encode K and V, %5d rows: %8.2f us\n", n_rows, us);
             }
-            for (const int n_rows : { 2048, 32768 }) {
-                const device_array<uint8_t>  codes(std::vector<uint8_t>(n_rows * row_bytes, 77));
-                const device_array<uint16_t> x((size_t) n_rows * n_head_kv * D);
+            // the last n_exact rows are in the tail, as in prefill; codes vary as real ones do, or all lookups would be of one entry
+            const struct { int n_rows, n_exact; } shapes[] = { { 512, 512 }, { 2048, 0 }, { 2048, 639 }, { 32768, 0 }, { 33280, 639 } };
+            for (const auto & shape : shapes) {
+                const int n_rows = shape.n_rows;
+                std::vector<uint8_t> random(n_rows * row_bytes);
+                for (uint8_t & c : random) {
+                    c = (uint8_t) rng();
+                }
+                std::vector<int32_t> source(n_rows, PQ_ROW_CODES);
+                for (int i = 0; i < shape.n_exact; i++) {
+                    source[n_rows - shape.n_exact + i] = i;
+                }
+                const device_array<uint8_t>  codes(random);
+                const device_array<int32_t>  d_source(source);
+                const device_array<uint16_t> x(2ull * n_rows * n_head_kv * D), tail(768ull * n_head_kv * D);
                 const float us = median_us(N_LAYERS, [&](int layer, cudaStream_t stream) {
+                    pq_cuda_decode_side s[2] = {};
                     for (int i = 0; i < 2; i++) {
-                        pq_decode_params p = {};
-                        p.type             = type;
-                        p.D                = D;
-                        p.n_head_kv        = n_head_kv;
-                        p.n_rows           = n_rows;
-                        p.codebook         = codebooks[2 * layer + i].p;
-                        p.has_transform    = 1;
-                        p.codes            = codes.p;
-                        p.codes_row_stride = row_bytes;
-                        p.x_row_stride     = D * sizeof(uint16_t);
-                        p.x_head_stride    = (size_t) n_rows * D * sizeof(uint16_t);
-                        CUDA(pq_cuda_decode(p, x.p, stream));
+                        s[i].p.type             = type;
+                        s[i].p.D                = D;
+                        s[i].p.n_head_kv        = n_head_kv;
+                        s[i].p.n_rows           = n_rows;
+                        s[i].p.codebook         = codebooks[2 * layer + i].p;
+                        s[i].p.has_transform    = 1;
+                        s[i].p.codes            = codes.p;
+                        s[i].p.codes_row_stride = row_bytes;
+                        s[i].codes_head_stride  = pq_head_bytes(type, D);
+                        s[i].p.x_row_stride     = D * sizeof(uint16_t);
+                        s[i].p.x_head_stride    = (size_t) n_rows * D * sizeof(uint16_t);
+                        s[i].x_f16              = x.p + i * x.n / 2;
+                        s[i].row_source         = shape.n_exact ? d_source.p : nullptr;
+                        s[i].tail               = (const uint8_t *) tail.p;
+                        s[i].tail_row_stride    = n_head_kv * D * sizeof(uint16_t);
+                        s[i].tail_head_stride   = D * sizeof(uint16_t);
                     }
+                    CUDA(pq_cuda_decode_rows(s, 2, stream));
                 });
-                printf("  decode K and V, %5d rows: %8.2f us, %.0f GB/s\n", n_rows, us, 2e-3 * (x.n * sizeof(uint16_t) + n_rows * row_bytes) / us);
+                printf("  decode K and V, %5d rows, %3d of the tail: %8.2f us, %.0f GB/s\n", n_rows, shape.n_exact, us,
+                       1e-3 * (x.n * sizeof(uint16_t) + 2 * n_rows * row_bytes) / us);
             }
         }
     }

@@ -3,58 +3,92 @@
 #include "ggml-cuda/convert.cuh"
 #include "ggml-cuda/fattn-common.cuh"
 #include "ggml-cuda/fattn.cuh"
+#include "ggml-pq-params.h"
 #include "pq-cuda.h"
+#include "pq-launch.cuh"
 
-// Columns of the scratch: the exact tail, padded to FATTN_KQ_STRIDE, then the coded cells, padded likewise. K and V are
-// f16 [n_head_kv][n_cols][D] of one stream at a time, the mask is f16 [n_q][n_cols]. Scratch is as large as the part of the
-// cache in use, n_kv, and goes back to the pool after the op.
+// Columns of the scratch are the cells of one stream, padded to FATTN_KQ_STRIDE: K and V are f16 [n_head_kv][n_cols][D], the mask is
+// f16 [n_q][n_cols]. The exact tail adds none: its rows, and the columns of its mask, go to the places of their cells. Scratch is as
+// large as the part of the cache in use, n_kv, and goes back to the pool after the op.
 
-struct columns {
-    int64_t n_tail;
-    int64_t tail_end; // n_tail, padded
-    int64_t kv_end;   // tail_end + n_kv
-    int64_t n;        // kv_end, padded
-};
-
-static columns get_columns(const pq_attn_params & p) {
-    columns c;
-    c.n_tail   = p.tail.n;
-    c.tail_end = GGML_PAD(p.tail.n, FATTN_KQ_STRIDE);
-    c.kv_end   = c.tail_end + p.n_kv;
-    c.n        = GGML_PAD(c.kv_end, FATTN_KQ_STRIDE);
-    return c;
+static int64_t get_n_cols(const pq_attn_params & p) {
+    return GGML_PAD(p.n_kv, FATTN_KQ_STRIDE);
 }
-
-static constexpr int MASK_GROUP = 8; // columns of a thread: 16 bytes
 
 struct mask_source {
     const char * data; // NULL: zeros
     size_t       token_stride;
 };
 
-// grid: (groups of columns / 256, n_q)
-static __global__ void concat_masks(const mask_source tail, const mask_source kv, half * dst, const columns c) {
-    const int64_t g0 = ((int64_t) blockIdx.x * blockDim.x + threadIdx.x) * MASK_GROUP;
-    if (g0 >= c.n) {
-        return;
-    }
-    const int64_t token = blockIdx.y;
-    const bool    is_kv = g0 >= c.tail_end;
-    const int64_t col   = is_kv ? g0 - c.tail_end : g0;
-    const int64_t n     = is_kv ? c.kv_end - c.tail_end : c.n_tail;
-    const char  * data  = is_kv ? kv.data : tail.data;
-    const half  * src   = (const half *) (data + token * (is_kv ? kv.token_stride : tail.token_stride)) + col;
+struct tail_source {
+    const half     * mask; // [n_q][n]; NULL: no tail
+    const uint16_t * cell_low;
+    const uint16_t * cell_high;
+    size_t           token_stride; // bytes
+    int64_t          n;
+};
 
-    union { half h[MASK_GROUP]; uint4 u; } v;
-    if (data != nullptr && col + MASK_GROUP <= n && (uintptr_t) src % sizeof(uint4) == 0) {
-        v.u = *(const uint4 *) src;
-    } else {
-#pragma unroll
-        for (int i = 0; i < MASK_GROUP; i++) {
-            v.h[i] = col + i >= n ? __float2half(-INFINITY) : data ? src[i] : __float2half(0.0f);
+static constexpr int MASK_GROUP   = 8;   // columns of a thread: 16 bytes
+static constexpr int MASK_THREADS = 256;
+static constexpr int MASK_COLS    = MASK_GROUP * MASK_THREADS;
+static constexpr int MASK_TOKENS  = 16;  // of a block: finding the slots of its columns is worth more than one row
+
+// Writes the mask of all columns, and where the row of each column comes from.
+// grid: (n_cols / 2048, n_q / 16)
+static __global__ void __launch_bounds__(MASK_THREADS) merge_masks(const mask_source kv, const tail_source tail, half * dst,
+                                                                   int32_t * row_source, int64_t n_kv, int64_t n_cols, int64_t n_q) {
+    __shared__ int32_t slots[MASK_COLS]; // of the block's columns; negative: none
+    pq_pdl_launch_next(); // the decoder waits for this kernel's end by itself
+    const int64_t block0 = (int64_t) blockIdx.x * MASK_COLS;
+    for (int i = threadIdx.x; i < MASK_COLS; i += MASK_THREADS) {
+        slots[i] = block0 + i < n_kv ? PQ_ROW_CODES : PQ_ROW_ZERO;
+    }
+    __syncthreads();
+    for (int64_t slot = threadIdx.x; slot < tail.n; slot += MASK_THREADS) {
+        const int32_t cell = (int32_t) ((uint32_t) tail.cell_low[slot] | (uint32_t) tail.cell_high[slot] << 16);
+        if (cell >= block0 && cell < min(block0 + MASK_COLS, n_kv)) {
+            slots[cell - block0] = (int32_t) slot;
         }
     }
-    *(uint4 *) (dst + token * c.n + g0) = v.u;
+    __syncthreads();
+    const int     i0   = threadIdx.x * MASK_GROUP;
+    const int64_t col0 = block0 + i0;
+    if (col0 >= n_cols) {
+        return;
+    }
+    int32_t slot[MASK_GROUP];
+    bool    any_slot = false;
+#pragma unroll
+    for (int i = 0; i < MASK_GROUP; i++) {
+        slot[i]  = slots[i0 + i];
+        any_slot = any_slot || slot[i] >= 0;
+    }
+    if (blockIdx.y == 0) {
+        *(int4 *) (row_source + col0)     = make_int4(slot[0], slot[1], slot[2], slot[3]);
+        *(int4 *) (row_source + col0 + 4) = make_int4(slot[4], slot[5], slot[6], slot[7]);
+    }
+    for (int64_t token = (int64_t) blockIdx.y * MASK_TOKENS; token < min((int64_t) (blockIdx.y + 1) * MASK_TOKENS, n_q); token++) {
+        const half * src = (const half *) (kv.data + token * kv.token_stride) + col0;
+        union { half h[MASK_GROUP]; uint4 u; } v;
+        if (kv.data && col0 + MASK_GROUP <= n_kv && (uintptr_t) src % sizeof(uint4) == 0) {
+            v.u = *(const uint4 *) src;
+        } else {
+#pragma unroll
+            for (int i = 0; i < MASK_GROUP; i++) {
+                v.h[i] = col0 + i >= n_kv ? __float2half(-INFINITY) : kv.data ? src[i] : __float2half(0.0f);
+            }
+        }
+        if (any_slot) {
+            const half * tail_row = (const half *) ((const char *) tail.mask + token * tail.token_stride);
+#pragma unroll
+            for (int i = 0; i < MASK_GROUP; i++) {
+                if (slot[i] >= 0) {
+                    v.h[i] = tail_row[slot[i]];
+                }
+            }
+        }
+        *(uint4 *) (dst + token * n_cols + col0) = v.u;
+    }
 }
 
 struct copy_source {
@@ -66,25 +100,24 @@ struct copy_source {
 static constexpr int COPY_ROWS    = 32;
 static constexpr int COPY_THREADS = 256;
 
-// Copies rows; one that no query sees, and those from n up to n_padded, become 0: their probability is 0, but 0 times NaN is not.
-// grid: (n_padded / 32, n_head_kv)
+// Copies rows of a side without codes, or of the tail in their place. One that no query sees becomes 0: its probability is 0, but 0
+// times NaN is not.
+// grid: (n_cols / 32, n_head_kv)
 static __global__ void __launch_bounds__(COPY_THREADS) copy_visible_rows(
-        const copy_source src, half * dst, int64_t dst_head_stride, int D, int64_t n, int64_t n_padded, const mask_source mask, int64_t n_q) {
-    __shared__ int visible[COPY_ROWS];
+        const copy_source src, const copy_source tail, const int32_t * row_source, half * dst, int64_t n_cols, int D, const half * mask,
+        int64_t n_q) {
+    __shared__ int source[COPY_ROWS];
     const int64_t row0 = (int64_t) blockIdx.x * COPY_ROWS;
     const int     head = blockIdx.y;
     const int     lane = threadIdx.x % COPY_ROWS;
     if (threadIdx.x < COPY_ROWS) {
-        visible[lane] = row0 + lane < n && mask.data == nullptr;
+        source[lane] = PQ_ROW_ZERO;
     }
     __syncthreads();
-    if (mask.data != nullptr && row0 + lane < n) {
-        bool seen = false;
-        for (int64_t q = threadIdx.x / COPY_ROWS; q < n_q && !seen; q += COPY_THREADS / COPY_ROWS) {
-            seen = __half2float(((const half *) (mask.data + q * mask.token_stride))[row0 + lane]) != -INFINITY;
-        }
-        if (seen) {
-            visible[lane] = 1;
+    for (int64_t q = threadIdx.x / COPY_ROWS; q < n_q; q += COPY_THREADS / COPY_ROWS) {
+        if (__half2float(mask[q * n_cols + row0 + lane]) != -INFINITY) {
+            source[lane] = row_source[row0 + lane];
+            break;
         }
     }
     __syncthreads();
@@ -93,50 +126,12 @@ static __global__ void __launch_bounds__(COPY_THREADS) copy_visible_rows(
         const int     r     = i / n_pieces;
         const int     piece = i % n_pieces;
         const int64_t row   = row0 + r;
-        if (row >= n_padded) {
-            break;
-        }
         uint4 v = make_uint4(0, 0, 0, 0);
-        if (visible[r]) {
-            v = *((const uint4 *) (src.data + row * src.row_stride + head * src.head_stride) + piece);
+        if (source[r] != PQ_ROW_ZERO) {
+            const copy_source & from = source[r] >= 0 ? tail : src;
+            v = *((const uint4 *) (from.data + (source[r] >= 0 ? source[r] : row) * from.row_stride + head * from.head_stride) + piece);
         }
-        *((uint4 *) (dst + head * dst_head_stride + row * D) + piece) = v;
-    }
-}
-
-static void copy_rows(const copy_source & src, half * dst, int64_t n_cols, int n_head_kv, int D, int64_t n, int64_t n_padded,
-                      const mask_source & mask, int64_t n_q, cudaStream_t stream) {
-    if (n_padded == 0) {
-        return;
-    }
-    const dim3 grid((unsigned) ((n_padded + COPY_ROWS - 1) / COPY_ROWS), n_head_kv);
-    copy_visible_rows<<<grid, COPY_THREADS, 0, stream>>>(src, dst, n_cols * D, D, n, n_padded, mask, n_q);
-    CUDA_CHECK(cudaGetLastError());
-}
-
-// Coded cells of one stream to dst, f16 [n_head_kv][n_cols][D]
-static void decode_side(const pq_attn_side & side, int64_t s, int n_head_kv, int64_t n_kv, half * dst, int64_t n_cols, cudaStream_t stream) {
-    pq_decode_params d = {};
-    d.type             = side.type;
-    d.D                = side.D;
-    d.n_head_kv        = n_head_kv;
-    d.n_rows           = n_kv;
-    d.codebook         = side.codebook;
-    d.has_transform    = side.has_transform;
-    d.codes            = side.data + s * side.stream_stride;
-    d.codes_row_stride = side.row_stride;
-    d.x_row_stride     = side.D * sizeof(half);
-    d.x_head_stride    = n_cols * side.D * sizeof(half);
-    if (side.head_stride == pq_head_bytes(side.type, side.D)) {
-        CUDA_CHECK(pq_cuda_decode(d, (uint16_t *) dst, stream));
-        return;
-    }
-    // the heads of a cell lie apart: not llama.cpp's cache, but a layout that the op allows
-    d.n_head_kv = 1;
-    for (int h = 0; h < n_head_kv; h++) {
-        CUDA_CHECK(pq_cuda_decode(d, (uint16_t *) (dst + h * n_cols * side.D), stream));
-        d.codes    += side.head_stride;
-        d.codebook += pq_get_codebook_layout(side.type, side.D, side.has_transform).head_bytes;
+        *((uint4 *) (dst + (head * n_cols + row) * D) + piece) = v;
     }
 }
 
@@ -164,7 +159,7 @@ static bool plain_side_ok(const ggml_tensor * t) {
 }
 
 // The op as flash attention of one stream on f16 tensors, without data. ops: K, V, mask
-static void make_f16_op(const ggml_tensor * op, const columns & c, ggml_tensor & fa, ggml_tensor & q, ggml_tensor (&ops)[3]) {
+static void make_f16_op(const ggml_tensor * op, int64_t n_cols, ggml_tensor & fa, ggml_tensor & q, ggml_tensor (&ops)[3]) {
     fa       = *op;
     fa.ne[3] = 1;
     fa.view_src = nullptr;
@@ -175,8 +170,8 @@ static void make_f16_op(const ggml_tensor * op, const columns & c, ggml_tensor &
         ggml_tensor & t = ops[i];
         t       = {};
         t.type  = GGML_TYPE_F16;
-        t.ne[0] = i < 2 ? op->src[1 + i]->ne[0] : c.n;
-        t.ne[1] = i < 2 ? c.n : op->src[0]->ne[1];
+        t.ne[0] = i < 2 ? op->src[1 + i]->ne[0] : n_cols;
+        t.ne[1] = i < 2 ? n_cols : op->src[0]->ne[1];
         t.ne[2] = i < 2 ? op->src[1 + i]->ne[2] : 1;
         t.ne[3] = 1;
         t.nb[0] = sizeof(half);
@@ -202,6 +197,9 @@ bool ggml_cuda_pq_prefill_supported(int device, const ggml_tensor * op, const pq
     if (p.n_head_mask > 1 || !plain_side_ok(op->src[1]) || !plain_side_ok(op->src[2])) {
         return false;
     }
+    if (p.tail.n > 0 && !ggml_pq_attn_tail_has_cells(op)) {
+        return false;
+    }
     for (const size_t stride : { p.tail.k_row_stride, p.tail.k_head_stride, p.tail.k_stream_stride,
                                  p.tail.v_row_stride, p.tail.v_head_stride, p.tail.v_stream_stride }) {
         if (stride % 16 != 0) {
@@ -209,54 +207,94 @@ bool ggml_cuda_pq_prefill_supported(int device, const ggml_tensor * op, const pq
         }
     }
     ggml_tensor fa, q, ops[3];
-    make_f16_op(op, get_columns(p), fa, q, ops);
+    make_f16_op(op, get_n_cols(p), fa, q, ops);
     return ggml_cuda_flash_attn_ext_supported(device, &fa);
 }
 
+// The mask as flash attention takes it, where nothing has to be merged into it
+static bool mask_as_it_is(const pq_attn_params & p) {
+    return p.mask && p.tail.n == 0 && p.n_kv == get_n_cols(p) && p.k.type != PQ_TYPE_COUNT && p.v.type != PQ_TYPE_COUNT &&
+        (p.mask_token_stride | p.mask_stream_stride | (uintptr_t) p.mask) % 16 == 0;
+}
+
 void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p) {
-    const columns c      = get_columns(p);
+    const int64_t n_cols = get_n_cols(p);
+    const bool    merge  = !mask_as_it_is(p);
     cudaStream_t  stream = ctx.stream();
 
-    ggml_cuda_pool_alloc<half> k_f16(ctx.pool(), c.n * p.k.D * p.n_head_kv);
-    ggml_cuda_pool_alloc<half> v_f16(ctx.pool(), c.n * p.v.D * p.n_head_kv);
-    ggml_cuda_pool_alloc<half> mask_f16(ctx.pool(), c.n * p.n_q);
+    ggml_cuda_pool_alloc<half>    k_f16(ctx.pool(), n_cols * p.k.D * p.n_head_kv);
+    ggml_cuda_pool_alloc<half>    v_f16(ctx.pool(), n_cols * p.v.D * p.n_head_kv);
+    ggml_cuda_pool_alloc<half>    mask_f16(ctx.pool());
+    ggml_cuda_pool_alloc<int32_t> row_source(ctx.pool());
+    if (merge) {
+        mask_f16.alloc(n_cols * p.n_q);
+        row_source.alloc(n_cols);
+    }
 
     ggml_tensor fa, q, ops[3];
-    make_f16_op(op, c, fa, q, ops);
+    make_f16_op(op, n_cols, fa, q, ops);
     ops[0].data = k_f16.get();
     ops[1].data = v_f16.get();
-    ops[2].data = mask_f16.get();
 
     for (int64_t s = 0; s < p.n_stream; s++) {
         mask_source mask = { nullptr, 0 };
         if (p.mask) {
             mask = { (const char *) p.mask + s % p.n_stream_mask * p.mask_stream_stride, p.mask_token_stride };
         }
-        mask_source tail_mask = { nullptr, 0 };
-        if (p.tail.n > 0) {
-            tail_mask = { (const char *) p.tail.mask + s * p.tail.mask_stream_stride, p.tail.mask_token_stride };
+        if (merge) {
+            tail_source tail = {};
+            if (p.tail.n > 0) {
+                const char * rows = (const char *) p.tail.mask + s * p.tail.mask_stream_stride;
+                const char * low  = rows + p.n_q * p.tail.mask_token_stride;
+                tail = { (const half *) rows, (const uint16_t *) low, (const uint16_t *) (low + p.tail.mask_token_stride),
+                         p.tail.mask_token_stride, p.tail.n };
+            }
+            const dim3 grid((unsigned) ((n_cols + MASK_COLS - 1) / MASK_COLS), (unsigned) ((p.n_q + MASK_TOKENS - 1) / MASK_TOKENS));
+            merge_masks<<<grid, MASK_THREADS, 0, stream>>>(mask, tail, mask_f16.get(), row_source.get(), p.n_kv, n_cols, p.n_q);
+            CUDA_CHECK(cudaGetLastError());
+            ops[2].data = mask_f16.get();
+        } else {
+            ops[2].data = (void *) mask.data;
+            ops[2].nb[1] = mask.token_stride;
+            ops[2].nb[2] = ops[2].nb[3] = mask.token_stride * p.n_q;
         }
-        const dim3 grid((unsigned) ((c.n / MASK_GROUP + 255) / 256), (unsigned) p.n_q);
-        concat_masks<<<grid, 256, 0, stream>>>(tail_mask, mask, mask_f16.get(), c);
-        CUDA_CHECK(cudaGetLastError());
 
+        pq_cuda_decode_side coded[2];
+        int                 n_coded = 0;
         for (int i = 0; i < 2; i++) {
             const pq_attn_side & side = i == 0 ? p.k : p.v;
             half * dst = (half *) ops[i].data;
             const copy_source tail = i == 0 ?
                 copy_source { (const char *) p.tail.k + s * p.tail.k_stream_stride, p.tail.k_row_stride, p.tail.k_head_stride } :
                 copy_source { (const char *) p.tail.v + s * p.tail.v_stream_stride, p.tail.v_row_stride, p.tail.v_head_stride };
-            copy_rows(tail, dst, c.n, p.n_head_kv, side.D, c.n_tail, c.tail_end, tail_mask, p.n_q, stream);
-            half * cells = dst + c.tail_end * side.D;
-            if (side.type != PQ_TYPE_COUNT) {
-                decode_side(side, s, p.n_head_kv, p.n_kv, cells, c.n, stream);
-                copy_rows({}, cells + p.n_kv * side.D, c.n, p.n_head_kv, side.D, 0, c.n - c.kv_end, {}, 0, stream);
-            } else {
+            if (side.type == PQ_TYPE_COUNT) {
                 ggml_cuda_pool_alloc<half> converted(ctx.pool());
-                copy_rows(plain_side(op->src[1 + i], s, converted, stream), cells, c.n, p.n_head_kv, side.D, p.n_kv, c.n - c.tail_end,
-                          mask, p.n_q, stream);
+                copy_visible_rows<<<dim3((unsigned) (n_cols / COPY_ROWS), p.n_head_kv), COPY_THREADS, 0, stream>>>(
+                    plain_side(op->src[1 + i], s, converted, stream), tail, row_source.get(), dst, n_cols, side.D, mask_f16.get(), p.n_q);
+                CUDA_CHECK(cudaGetLastError());
+                continue;
             }
+            pq_cuda_decode_side & d = coded[n_coded++];
+            d = {};
+            d.p.type             = side.type;
+            d.p.D                = side.D;
+            d.p.n_head_kv        = p.n_head_kv;
+            d.p.n_rows           = n_cols;
+            d.p.codebook         = side.codebook;
+            d.p.has_transform    = side.has_transform;
+            d.p.codes            = side.data + s * side.stream_stride;
+            d.p.codes_row_stride = side.row_stride;
+            d.p.x_row_stride     = side.D * sizeof(half);
+            d.p.x_head_stride    = n_cols * side.D * sizeof(half);
+            d.codes_head_stride  = side.head_stride;
+            d.x_f16              = (uint16_t *) dst;
+            d.row_source         = merge ? row_source.get() : nullptr;
+            d.tail               = (const uint8_t *) tail.data;
+            d.tail_row_stride    = tail.row_stride;
+            d.tail_head_stride   = tail.head_stride;
         }
+        CUDA_CHECK(pq_cuda_decode_rows(coded, n_coded, stream));
+
         q.data  = (char *) op->src[0]->data + s * op->src[0]->nb[3];
         fa.data = (char *) op->data + s * op->nb[3];
         ggml_cuda_flash_attn_ext(ctx, &fa);
