@@ -248,14 +248,14 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS) pq_encode_few_kernel(const 
 // ---- many rows (prefill): throughput counts ----
 //
 // Both products run on tensor cores. y = x T - mu T: x and T are f16, so products are exact and only sums round. Half the squared
-// distance to a centroid is one row of a product, too: |y|^2 / 2 - y.c + |c|^2 / 2, with y and |c|^2 / 2 each split in two
-// halves (22 bits). A lane keeps the smallest of each 16 centroids; the 16 that hold the smallest of all are then looked at one by
+// distance to a centroid is one row of a product, too: |y|^2 / 2 - y.c + |c|^2 / 2, with y, |y|^2 / 2 and |c|^2 / 2 each split in two
+// halves (22 bits). A lane keeps the smallest of each 8 centroids; the 8 that hold the smallest of all are then looked at one by
 // one. That is not yet the CPU's code: its y is one chain of roundings, and distances round too. So the winner counts only
 // when every other centroid is further away than these differences can make up for; the few elements where two are closer
 // (about one in a thousand) are computed again, exactly as in pq_encode_few.
 
-constexpr int PQ_ENCODE_SCALE_BITS = 6;    // centroids are scaled so that their largest element is in [2^6, 2^7)
-constexpr float PQ_ENCODE_MAX_Y    = 8192; // scaled; beyond it sums could leave the range of f16, and the element is computed exactly
+constexpr int PQ_ENCODE_SCALE_BITS = 5;   // centroids are scaled so that their largest element is in [2^5, 2^6)
+constexpr float PQ_ENCODE_MAX_Y    = 256; // scaled; beyond it |y|^2 / 2 could leave the range of f16, and the code is computed exactly
 
 template <int D_STEPS /* steps of 16 elements: D <= 16 * D_STEPS */>
 struct pq_encode_tile_smem {
@@ -268,10 +268,11 @@ struct pq_encode_tile_smem {
     uint4    centroids[PQ_ENCODE_STRIP * PQ_MAX_KSUB / 8]; // f16 [NSUB][KSUB][DSUB]
     float    mu[16 * D_STEPS];
     float    mu_T[PQ_ENCODE_STRIP];
-    float    norm2_x[ROWS];                               // |x|^2
+    float    error2_y[ROWS];                              // |x|^2, then the square of how far an element of y can be from the CPU's
     float    column_norm2[PQ_ENCODE_STRIP];               // of T
     float    column_norm, norm_mu;                        // largest |column of T| of the strip, |mu|
-    uint8_t  codes[ROWS][PQ_ENCODE_STRIP / 2];
+    uint32_t codes[ROWS * PQ_ENCODE_STRIP / 2 / 4];       // u8 [ROWS][NSUB]
+    int32_t  cell[ROWS];
     uint32_t unsure[ROWS * PQ_ENCODE_STRIP / 2 / 32];     // bit row * NSUB + subspace: this code must be computed exactly
 };
 
@@ -321,53 +322,120 @@ __device__ __forceinline__ void pq_encode_tile_begin(const pq_encode_params & p,
     }
 }
 
-// x of a tile to shared memory as f16, and to the tail
+// x of a tile to shared memory as f16, and to the tail. Pieces are loaded four at a time: each waits for memory.
 template <int D_STEPS>
 __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, int head, int col0, int n_cols, int64_t row0, int n_rows,
                                                     pq_encode_tile_smem<D_STEPS> & s) {
     constexpr int PIECES = 2 * D_STEPS; // of 8 elements
-    for (int i = threadIdx.x; i < s.ROWS * PIECES; i += PQ_ENCODE_THREADS) {
-        const int r = i / PIECES;
-        const int k = i % PIECES * 8;
-        union { uint4 u; __half2 h[4]; } v;
-        v.u = make_uint4(0, 0, 0, 0);
-        if (r < n_rows && k < p.D) {
-            const uint8_t * x = pq_encode_row(p, row0 + r, head);
-            if (p.x_f16) {
-                v.u = *(const uint4 *) (x + k * sizeof(__half));
-            } else {
-                const float4 a = *(const float4 *) (x + k * sizeof(float));
-                const float4 b = *(const float4 *) (x + k * sizeof(float) + sizeof(float4));
-                v.h[0] = __floats2half2_rn(a.x, a.y);
-                v.h[1] = __floats2half2_rn(a.z, a.w);
-                v.h[2] = __floats2half2_rn(b.x, b.y);
-                v.h[3] = __floats2half2_rn(b.z, b.w);
+    constexpr int BATCH  = 4;
+    static_assert(s.ROWS * PIECES % (BATCH * PQ_ENCODE_THREADS) == 0, "no piece is beyond the last");
+    for (int i0 = threadIdx.x; i0 < s.ROWS * PIECES; i0 += BATCH * PQ_ENCODE_THREADS) {
+        union { uint4 u; __half2 h[4]; } v[BATCH];
+        const uint8_t * x[BATCH];
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            const int r = (i0 + j * PQ_ENCODE_THREADS) / PIECES;
+            const int k = (i0 + j * PQ_ENCODE_THREADS) % PIECES * 8;
+            x[j] = r < n_rows && k < p.D ? pq_encode_row(p, row0 + r, head) + k * (p.x_f16 ? sizeof(__half) : sizeof(float)) : nullptr;
+        }
+        if (p.x_f16) {
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                v[j].u = x[j] ? *(const uint4 *) x[j] : make_uint4(0, 0, 0, 0);
             }
-            if (p.tail && k >= col0 && k < col0 + n_cols) {
+        } else {
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                const float4 a = x[j] ? ((const float4 *) x[j])[0] : zero;
+                const float4 b = x[j] ? ((const float4 *) x[j])[1] : zero;
+                v[j].h[0] = __floats2half2_rn(a.x, a.y);
+                v[j].h[1] = __floats2half2_rn(a.z, a.w);
+                v[j].h[2] = __floats2half2_rn(b.x, b.y);
+                v[j].h[3] = __floats2half2_rn(b.z, b.w);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            const int i = i0 + j * PQ_ENCODE_THREADS;
+            const int r = i / PIECES;
+            const int k = i % PIECES * 8;
+            if (p.tail && x[j] && k >= col0 && k < col0 + n_cols) {
                 const int64_t slot = p.tail_idx[row0 + r];
                 if (slot >= 0) {
-                    *(uint4 *) (p.tail + slot * p.tail_row_stride + ((int64_t) head * p.D + k) * sizeof(__half)) = v.u;
+                    *(uint4 *) (p.tail + slot * p.tail_row_stride + ((int64_t) head * p.D + k) * sizeof(__half)) = v[j].u;
                 }
             }
-        }
-        *(uint4 *) &s.x[r][k] = v.u;
-        float norm2 = 0.0f;
+            *(uint4 *) &s.x[r][k] = v[j].u;
+            float norm2 = 0.0f;
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const float2 f = __half22float2(v.h[e]);
-            norm2 += f.x * f.x + f.y * f.y;
-        }
-        constexpr int LANES = PIECES < 32 ? PIECES : 32; // 8, 16 or 32: a row never straddles more
+            for (int e = 0; e < 4; e++) {
+                const float2 f = __half22float2(v[j].h[e]);
+                norm2 += f.x * f.x + f.y * f.y;
+            }
+            constexpr int LANES = PIECES < 32 ? PIECES : 32; // 8, 16 or 32: a row never straddles more
 #pragma unroll
-        for (int o = LANES / 2; o > 0; o /= 2) {
-            norm2 += __shfl_xor_sync(0xffffffff, norm2, o);
+            for (int o = LANES / 2; o > 0; o /= 2) {
+                norm2 += __shfl_xor_sync(0xffffffff, norm2, o);
+            }
+            if (i % LANES == 0) {
+                s.error2_y[r] = norm2;
+            }
         }
-        if (i % LANES == 0) {
-            s.norm2_x[r] = norm2;
-        }
+    }
+    for (int r = threadIdx.x; r < n_rows; r += PQ_ENCODE_THREADS) {
+        s.cell[r] = (int32_t) (p.row_idx ? p.row_idx[row0 + r] : row0 + r);
     }
     for (int i = threadIdx.x; i < s.ROWS * PQ_ENCODE_STRIP / 2 / 32; i += PQ_ENCODE_THREADS) {
         s.unsure[i] = 0;
+    }
+}
+
+// The codes of a tile to the cache, in words where it allows that
+template <int TYPE, int D_STEPS>
+__device__ __forceinline__ void pq_encode_tile_store(const pq_encode_side & side, int head, int col0, int n_cols, int n_rows,
+                                                     const pq_encode_tile_smem<D_STEPS> & s) {
+    typedef pq_encode_geom<TYPE> G;
+    constexpr int NSUB = PQ_ENCODE_STRIP / G::DSUB;
+    const pq_encode_params & p = side.p;
+    uint8_t * const dst    = p.codes + head * side.head_bytes + col0 / G::DSUB * G::NBITS / 8;
+    const int64_t   stride = (int64_t) p.codes_row_stride;
+    if (n_cols == PQ_ENCODE_STRIP && ((uintptr_t) dst | (uintptr_t) stride) % sizeof(uint32_t) == 0) {
+        if constexpr (G::NBITS == 8) {
+            constexpr int WORDS = NSUB / 4;
+            for (int i = threadIdx.x; i < n_rows * WORDS; i += PQ_ENCODE_THREADS) {
+                *(uint32_t *) (dst + s.cell[i / WORDS] * stride + i % WORDS * 4) = s.codes[i];
+            }
+        } else {
+            for (int r = threadIdx.x; r < n_rows; r += PQ_ENCODE_THREADS) {
+                uint32_t q[4]; // four codes in 24 bits
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const uint32_t c = s.codes[r * 4 + i];
+                    q[i] = (c & 0x3f) | (c >> 2 & 0xfc0) | (c >> 4 & 0x3f000) | (c >> 6 & 0xfc0000);
+                }
+                uint32_t * const w = (uint32_t *) (dst + s.cell[r] * stride);
+                w[0] = q[0]       | q[1] << 24;
+                w[1] = q[1] >> 8  | q[2] << 16;
+                w[2] = q[2] >> 16 | q[3] << 8;
+            }
+        }
+        return;
+    }
+    const int n_bytes = n_cols / G::DSUB * G::NBITS / 8;
+    for (int i = threadIdx.x; i < n_rows * n_bytes; i += PQ_ENCODE_THREADS) {
+        const int r = i / n_bytes;
+        const int b = i % n_bytes;
+        const uint8_t * c = (const uint8_t *) s.codes + r * NSUB;
+        uint8_t byte;
+        if (G::NBITS == 8) {
+            byte = c[b];
+        } else {
+            const uint8_t * q = c + b / 3 * 4;
+            const uint32_t  w = (uint32_t) q[0] | (uint32_t) q[1] << 6 | (uint32_t) q[2] << 12 | (uint32_t) q[3] << 18;
+            byte = (uint8_t) (w >> (8 * (b % 3)));
+        }
+        dst[s.cell[r] * stride + b] = byte;
     }
 }
 
@@ -375,6 +443,11 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
 template <int D_STEPS>
 __device__ __forceinline__ void pq_encode_tile_transform(const pq_encode_params & p, const pq_encode_head & h, int col0,
                                                          pq_encode_tile_smem<D_STEPS> & s) {
+    for (int r = threadIdx.x; r < s.ROWS; r += PQ_ENCODE_THREADS) {
+        // products of 128 terms were seen to differ by a fourth of it; without a transform nothing differs
+        const float error_y = 0x1p-20f * (sqrtf(s.error2_y[r]) + s.norm_mu) * s.column_norm;
+        s.error2_y[r] = error_y * error_y;
+    }
     if (!h.T) {
         for (int i = threadIdx.x; i < s.ROWS * PQ_ENCODE_STRIP; i += PQ_ENCODE_THREADS) {
             const int r = i / PQ_ENCODE_STRIP;
@@ -423,6 +496,8 @@ __device__ __forceinline__ void pq_merge_best(int & best, int & second, int best
     best   = min(best, best_b);
 }
 
+constexpr uint32_t PQ_ENCODE_ONES = 0x3c003c00; // two halves
+
 // The search's side of a subspace: centroids as an operand of the product, one register (two for DSUB 4) per 8 of them
 template <int TYPE>
 struct pq_encode_operand {
@@ -458,12 +533,12 @@ struct pq_encode_operand {
             const float   half_norm2 = 0.5f * norm2;
             const __half  high = __float2half_rn(half_norm2);
             const __half2 norm = __halves2half2(high, __float2half_rn(half_norm2 - __half2float(high)));
-            // rows 2t and 2t + 1 of the operand: -c[t] meets the two halves of y[t]; |c|^2 / 2 meets ones
+            // rows 2t and 2t + 1 of the operand: -c[t] meets the two halves of y[t]; |c|^2 / 2 meets ones, ones meet |y|^2 / 2
             if (G::DSUB == 2) {
-                b[i][0] = t < 2 ? bits(minus) : t == 2 ? bits(norm) : 0;
+                b[i][0] = t < 2 ? bits(minus) : t == 2 ? bits(norm) : PQ_ENCODE_ONES;
             } else {
                 b[i][0] = bits(minus);
-                b[i][KR - 1] = t == 0 ? bits(norm) : 0;
+                b[i][KR - 1] = t == 0 ? bits(norm) : t == 1 ? PQ_ENCODE_ONES : 0;
             }
         }
     }
@@ -491,12 +566,13 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
     typedef pq_encode_geom<TYPE> G;
     constexpr int DSUB   = G::DSUB;
     constexpr int NSUB   = PQ_ENCODE_STRIP / DSUB;
-    constexpr int GROUPS = 4;                        // per lane; with 4 lanes of a row, 16 groups
-    constexpr int PER    = pq_encode_operand<TYPE>::N / GROUPS; // products per group: 2 * PER centroids
+    constexpr int GROUPS = pq_encode_operand<TYPE>::N / 4 < 8 ? 4 : 8; // per lane; with 4 lanes of a row, four times as many
+    constexpr int PER    = pq_encode_operand<TYPE>::N / GROUPS;        // products per group: 2 * PER centroids
+    constexpr int TAG    = 0xff;                                       // of a key: the group. A byte is replaced at once.
     const int lane = threadIdx.x % 32;
     const int g = lane / 4, t = lane % 4;
 
-    float    start[2], offset[2];
+    float    offset[2];
     uint32_t a[4] = { 0, 0, 0, 0 };
 #pragma unroll
     for (int r = 0; r < 2; r++) { // rows g and g + 8
@@ -509,47 +585,57 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
         }
         // sums stay positive in spite of their rounding, so that they compare like integers
         offset[r] = n2 * (1.0f / 1024) + 1.0f / 64;
-        start[r]  = 0.5f * n2 + offset[r];
-        const uint32_t ones = 0x3c003c00;
+        const float start = 0.5f * n2 + offset[r];
         if (DSUB == 2) {
-            a[r] = t < 2 ? pq_encode_split(mine) : ones;
+            a[r] = t == 2 ? PQ_ENCODE_ONES : pq_encode_split(t == 3 ? start : mine);
         } else {
             a[r]     = pq_encode_split(mine);
-            a[2 + r] = ones;
+            a[2 + r] = t == 1 ? pq_encode_split(start) : PQ_ENCODE_ONES;
         }
     }
-    const float c[4] = { start[0], start[0], start[1], start[1] };
+    const float zero[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
 
     int best[2], second[2];
     {
-        int key[2][GROUPS];
 #pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-            int m[2];
+        for (int group = 0; group < GROUPS; group += 2) {
+            int key[2][2];
 #pragma unroll
-            for (int i = 0; i < PER; i++) {
-                float d[4];
-                if constexpr (DSUB == 2) {
-                    pq_mma_k8(d, a[0], a[1], op.b[group * PER + i][0], c);
-                } else {
-                    pq_mma_k16(d, a, op.b[group * PER + i][0], op.b[group * PER + i][1], c);
+            for (int j = 0; j < 2; j++) {
+                int m[2];
+#pragma unroll
+                for (int i = 0; i < PER; i++) {
+                    const int n = (group + j) * PER + i;
+                    float d[4];
+                    if constexpr (DSUB == 2) {
+                        pq_mma_k8(d, a[0], a[1], op.b[n][0], zero);
+                    } else {
+                        pq_mma_k16(d, a, op.b[n][0], op.b[n][1], zero);
+                    }
+#pragma unroll
+                    for (int r = 0; r < 2; r++) {
+                        const int d0 = __float_as_int(d[2 * r]), d1 = __float_as_int(d[2 * r + 1]);
+                        m[r] = i == 0 ? min(d0, d1) : pq_min3(m[r], d0, d1);
+                    }
                 }
+                const uint32_t tags = group < 4 ? 0x0c080400 : 0x1c181410; // 4 * group, a byte each
+                key[0][j] = (int) __byte_perm(m[0], tags, 0x3214 + (group + j) % 4);
+                key[1][j] = (int) __byte_perm(m[1], tags, 0x3214 + (group + j) % 4);
+            }
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    const int d0 = __float_as_int(d[2 * r]), d1 = __float_as_int(d[2 * r + 1]);
-                    m[r] = i == 0 ? min(d0, d1) : pq_min3(m[r], d0, d1);
+            for (int r = 0; r < 2; r++) {
+                const int lo = min(key[r][0], key[r][1]), hi = max(key[r][0], key[r][1]);
+                if (group == 0) {
+                    best[r]   = lo;
+                    second[r] = hi;
+                } else {
+                    pq_merge_best(best[r], second[r], lo, hi);
                 }
             }
-            // the lowest bits name the group
-            key[0][group] = (m[0] & ~15) | group * 4 | t;
-            key[1][group] = (m[1] & ~15) | group * 4 | t;
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const int hi0 = max(key[r][0], key[r][1]), hi1 = max(key[r][2], key[r][3]);
-            best[r]   = min(key[r][0], key[r][1]);
-            second[r] = hi0;
-            pq_merge_best(best[r], second[r], min(key[r][2], key[r][3]), hi1);
+            best[r] |= t;
 #pragma unroll
             for (int o = 1; o < 4; o *= 2) {
                 const int best_b   = __shfl_xor_sync(0xffffffff, best[r],   o);
@@ -562,7 +648,7 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
     // Lanes 0, 1 of a row's four take row g, lanes 2, 3 row g + 8; each of them half of the winning group.
     const int  r        = t / 2;
     const int  e        = t % 2;
-    const int  tag      = (r ? best[1] : best[0]) & 15;
+    const int  tag      = (r ? best[1] : best[0]) & TAG;
     const int  row      = row0 + g + 8 * r;
     const int  first    = tag / 4 * (8 * PER) + tag % 4 * 2 + e; // the group's centroids: first, first + 8, first + 16, ...
     float      y_r[DSUB];
@@ -571,21 +657,23 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
         y_r[i] = s.y[row][sub * DSUB + i];
     }
     const __half * centroids = (const __half *) s.centroids + sub * G::KSUB * DSUB;
+    const int  k0  = g % PER; // where a lane begins, so that rows of a warp read from different banks
+    const int  at0 = first | 8 * k0;
+    const int  id0 = k0 * 2 | e;
     int near = 0x7fffffff, near2 = 0x7fffffff;
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-        const int k = (i + g) % PER; // rows of a warp read from different banks
-        const __half2 * cc = (const __half2 *) (centroids + (first + 8 * k) * DSUB);
-        float d = 0.0f;
+        const __half2 * cc = (const __half2 *) (centroids + (at0 ^ 8 * i) * DSUB);
+        float d;
 #pragma unroll
         for (int j = 0; j < DSUB; j += 2) {
             const float2 f  = __half22float2(cc[j / 2]);
             const float  d0 = y_r[j] - f.x, d1 = y_r[j + 1] - f.y;
-            d += d0 * d0 + d1 * d1;
+            d = j == 0 ? d0 * d0 + d1 * d1 : d + d0 * d0 + d1 * d1;
         }
-        const int key = (__float_as_int(d) & ~15) | k * 2 | e;
-        near2 = min(near2, max(near, key));
-        near  = min(near, key);
+        const int key = (__float_as_int(d) & ~15) | (id0 ^ 2 * i);
+        near2 = i == 0 ? near2 : min(near2, max(near, key));
+        near  = i == 0 ? key : min(near, key);
     }
     const int near_b  = __shfl_xor_sync(0xffffffff, near,  1);
     const int near2_b = __shfl_xor_sync(0xffffffff, near2, 1);
@@ -596,17 +684,17 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
         const float inv2    = 1.0f / (op.scale * op.scale);
         const float d       = __int_as_float(near & ~15);
         const float d_near2 = __int_as_float(near2 & ~15);
-        const float d_other = 2.0f * (__int_as_float((r ? second[1] : second[0]) & ~15) - (r ? offset[1] : offset[0])) * inv2;
-        // y may differ from the CPU's by this much per element; products of 128 terms were seen to differ by a fourth of it
-        const float eps_y   = 0x1p-20f * (sqrtf(s.norm2_x[row]) + s.norm_mu) * s.column_norm;
-        const float move    = 4.0f * (DSUB == 2 ? 1.4143f : 2.0f) * eps_y; // of a squared distance, per distance
-        const float d_max   = fmaxf(d_other, 0.0f);
-        const bool  sure    =
-            d_near2 - d > move * sqrtf(d_near2) + 0x1p-17f * d_near2 &&
-            d_other - d > move * sqrtf(d_max)   + 0x1p-17f * d_max + (0x1p-17f * n2 + 1.0f / 1024) * inv2 &&
+        const float d_other = 2.0f * (__int_as_float((r ? second[1] : second[0]) & ~TAG) - (r ? offset[1] : offset[0])) * inv2;
+        // Squared distances move by 4 |error of y| sqrt(DSUB) per distance, and by roundings. Distances are squared: no root is taken.
+        const float move2     = 16.0f * DSUB * s.error2_y[row];
+        const float gap_near2 = d_near2 - d - 0x1p-17f * d_near2;
+        const float gap_other = d_other - d - 0x1p-17f * d_other - (0x1p-17f * n2 + 1.0f / 1024) * inv2;
+        const bool  sure      =
+            gap_near2 > 0.0f && gap_near2 * gap_near2 > move2 * d_near2 &&
+            gap_other > 0.0f && gap_other * gap_other > move2 * d_other &&
             n2 < PQ_ENCODE_MAX_Y * PQ_ENCODE_MAX_Y;
         const int   code    = tag / 4 * (8 * PER) + (near & 15) / 2 * 8 + tag % 4 * 2 + (near & 1);
-        (&s.codes[0][0])[row * NSUB + sub] = (uint8_t) code;
+        ((uint8_t *) s.codes)[row * NSUB + sub] = (uint8_t) code;
         if (!sure) { // NaN comes here, too
             atomicOr(&s.unsure[(row * NSUB + sub) / 32], 1u << ((row * NSUB + sub) % 32));
         }
@@ -622,8 +710,17 @@ __device__ __forceinline__ void pq_encode_tile_exact(const pq_encode_params & p,
     const int j    = sub * G::DSUB + lane % G::DSUB;
     float y_j = 0.0f;
     if (h.T) {
-        for (int k = 0; k < p.D; k++) {
-            y_j = __fmaf_rn(__fsub_rn(__half2float(s.x[row][k]), s.mu[k]), __half2float(s.T[k][j]), y_j);
+        for (int k = 0; k < p.D; k += 8) { // the loads of a step do not wait for its sums
+            float x[8], T[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                x[i] = __fsub_rn(__half2float(s.x[row][k + i]), s.mu[k + i]);
+                T[i] = __half2float(s.T[k + i][j]);
+            }
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                y_j = __fmaf_rn(x[i], T[i], y_j);
+            }
         }
     } else {
         y_j = __fsub_rn(__half2float(s.x[row][col0 + j]), s.mu[col0 + j]);
@@ -658,7 +755,7 @@ __device__ __forceinline__ void pq_encode_tile_exact(const pq_encode_params & p,
         }
     }
     if (lane == 0) {
-        (&s.codes[0][0])[row * (PQ_ENCODE_STRIP / G::DSUB) + sub] = (uint8_t) index;
+        ((uint8_t *) s.codes)[row * (PQ_ENCODE_STRIP / G::DSUB) + sub] = (uint8_t) index;
     }
 }
 
@@ -741,7 +838,7 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
             }
         }
         __syncthreads();
-        pq_encode_store<TYPE>(side, head, col0, n_cols, row0, n_rows, &s.codes[0][0]);
+        pq_encode_tile_store<TYPE>(side, head, col0, n_cols, n_rows, s);
         __syncthreads(); // codes and x are free
     }
 }
@@ -749,6 +846,7 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
 // ---- rows to the tail alone ----
 
 // grid: (n_rows, sides)
+template <bool WIDE /* 16 bytes at a time */>
 __global__ void __launch_bounds__(PQ_ENCODE_THREADS) pq_write_tail_kernel(const __grid_constant__ pq_encode_sides sides) {
     const pq_encode_params & p = sides.side[blockIdx.y].p;
     const int64_t row = blockIdx.x;
@@ -757,8 +855,28 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS) pq_write_tail_kernel(const 
     if (row >= p.n_rows) {
         return;
     }
-    for (int i = threadIdx.x; i < p.n_head_kv * p.D; i += PQ_ENCODE_THREADS) {
-        pq_encode_store_tail(p, i / p.D, i % p.D, row, pq_encode_load_x(p, row, i / p.D, i % p.D));
+    if constexpr (WIDE) {
+        const int64_t slot     = p.tail_idx[row];
+        const int     n_pieces = p.D / 8; // of a head
+        for (int i = threadIdx.x; slot >= 0 && i < p.n_head_kv * n_pieces; i += PQ_ENCODE_THREADS) {
+            const uint8_t * x = pq_encode_row(p, row, i / n_pieces);
+            const int       k = i % n_pieces;
+            union { uint4 u; __half2 h[4]; } v;
+            if (p.x_f16) {
+                v.u = ((const uint4 *) x)[k];
+            } else {
+                const float4 a = ((const float4 *) x)[2 * k], b = ((const float4 *) x)[2 * k + 1];
+                v.h[0] = __floats2half2_rn(a.x, a.y);
+                v.h[1] = __floats2half2_rn(a.z, a.w);
+                v.h[2] = __floats2half2_rn(b.x, b.y);
+                v.h[3] = __floats2half2_rn(b.z, b.w);
+            }
+            ((uint4 *) (p.tail + slot * p.tail_row_stride))[i] = v.u;
+        }
+    } else {
+        for (int i = threadIdx.x; i < p.n_head_kv * p.D; i += PQ_ENCODE_THREADS) {
+            pq_encode_store_tail(p, i / p.D, i % p.D, row, pq_encode_load_x(p, row, i / p.D, i % p.D));
+        }
     }
 }
 

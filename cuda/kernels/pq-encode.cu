@@ -9,9 +9,10 @@ static constexpr int64_t MAX_FEW_ROWS = 32;
 template <int D_STEPS>
 static cudaError_t launch_tile(const pq_encode_sides & sides, int n_heads, int n_strips, int64_t n_rows, int n_sm, cudaStream_t stream) {
     typedef pq_encode_tile_smem<D_STEPS> smem;
-    // Two blocks per multiprocessor. A block that takes several tiles loads its part of the codebook once.
+    // Two blocks per multiprocessor, all at once: one more would start when the others have ended. A block that takes several tiles
+    // loads its part of the codebook once.
     const int64_t n_tiles = (n_rows + smem::ROWS - 1) / smem::ROWS;
-    const int64_t n_parts = std::min<int64_t>(n_tiles, (2 * n_sm + n_heads * n_strips - 1) / (n_heads * n_strips));
+    const int64_t n_parts = std::min<int64_t>(n_tiles, std::max(1, 2 * n_sm / (n_heads * n_strips)));
     const dim3 grid(n_heads, n_strips, (unsigned) n_parts);
     switch (sides.side[0].p.type) {
         case PQ_TYPE_PQ4: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ4, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides);
@@ -21,8 +22,8 @@ static cudaError_t launch_tile(const pq_encode_sides & sides, int n_heads, int n
     }
 }
 
-// The tile kernel loads and stores 16 bytes at a time.
-static bool tile_ok(const pq_encode_params & p) {
+// Rows can be loaded and stored 16 bytes at a time, as the tile kernel does.
+static bool wide_ok(const pq_encode_params & p) {
     return ((uintptr_t) p.x | p.x_row_stride | p.x_head_stride | (uintptr_t) p.tail | p.tail_row_stride) % 16 == 0;
 }
 
@@ -41,8 +42,10 @@ cudaError_t pq_cuda_write_tail(const pq_encode_params * params, int n_sides, cud
         return cudaErrorInvalidValue;
     }
     const int64_t n_rows = std::max(params[0].n_rows, params[n_sides - 1].n_rows);
+    const bool    wide   = wide_ok(params[0]) && wide_ok(params[n_sides - 1]);
     return n_rows == 0 ? cudaSuccess :
-        pq_launch(pq_write_tail_kernel, dim3((unsigned) n_rows, n_sides), PQ_ENCODE_THREADS, 0, stream, make_sides(params, n_sides));
+        pq_launch(wide ? pq_write_tail_kernel<true> : pq_write_tail_kernel<false>, dim3((unsigned) n_rows, n_sides), PQ_ENCODE_THREADS, 0,
+                  stream, make_sides(params, n_sides));
 }
 
 cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStream_t stream) {
@@ -68,7 +71,7 @@ cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStr
 
     bool tile = n_rows > MAX_FEW_ROWS;
     for (int i = 0; i < n_sides; i++) {
-        tile = tile && tile_ok(params[i]);
+        tile = tile && wide_ok(params[i]);
     }
     if (!tile) {
         const dim3 grid(n_heads, n_strips, (unsigned) ((n_rows + PQ_ENCODE_FEW_ROWS - 1) / PQ_ENCODE_FEW_ROWS));
