@@ -257,6 +257,8 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS) pq_encode_few_kernel(const 
 constexpr int PQ_ENCODE_SCALE_BITS = 5;   // centroids are scaled so that their largest element is in [2^5, 2^6)
 constexpr float PQ_ENCODE_MAX_Y    = 256; // scaled; beyond it |y|^2 / 2 could leave the range of f16, and the code is computed exactly
 
+constexpr int PQ_ENCODE_MAX_LIST = 64; // a tile has about four; more are outliers or NaN
+
 template <int D_STEPS /* steps of 16 elements: D <= 16 * D_STEPS */>
 struct pq_encode_tile_smem {
     static constexpr int ROWS   = D_STEPS <= 8 ? 128 : 64; // two blocks per multiprocessor
@@ -273,7 +275,10 @@ struct pq_encode_tile_smem {
     float    column_norm, norm_mu;                        // largest |column of T| of the strip, |mu|
     uint32_t codes[ROWS * PQ_ENCODE_STRIP / 2 / 4];       // u8 [ROWS][NSUB]
     int32_t  cell[ROWS];
-    uint32_t unsure[ROWS * PQ_ENCODE_STRIP / 2 / 32];     // bit row * NSUB + subspace: this code must be computed exactly
+    // codes that must be computed exactly, as row * NSUB + subspace: a bit for each, and the first ones as a list, which warps share evenly
+    uint32_t unsure[ROWS * PQ_ENCODE_STRIP / 2 / 32];
+    int32_t  n_unsure;
+    uint16_t unsure_list[PQ_ENCODE_MAX_LIST];
 };
 
 // What of a strip does not depend on x.
@@ -389,6 +394,9 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
     for (int i = threadIdx.x; i < s.ROWS * PQ_ENCODE_STRIP / 2 / 32; i += PQ_ENCODE_THREADS) {
         s.unsure[i] = 0;
     }
+    if (threadIdx.x == 0) {
+        s.n_unsure = 0;
+    }
 }
 
 // The codes of a tile to the cache, in words where it allows that
@@ -459,20 +467,17 @@ __device__ __forceinline__ void pq_encode_tile_transform(const pq_encode_params 
         return;
     }
     const int lane = threadIdx.x % 32;
-    const int n_k  = (p.D + 15) / 16;
     for (int unit = threadIdx.x / 32; unit < s.ROWS / 16 * 2; unit += PQ_ENCODE_THREADS / 32) {
         const int row = unit / 2 * 16;
         const int col = unit % 2 * 16;
         float y[2][4] = {};
 #pragma unroll
-        for (int k = 0; k < D_STEPS; k++) {
-            if (k < n_k) {
-                uint32_t a[4], b[4];
-                pq_ldmatrix(a, &s.x[row + lane % 16][16 * k + lane / 16 * 8]);
-                pq_ldmatrix_trans(b, &s.T[16 * k + lane % 16][col + lane / 16 * 8]);
-                pq_mma_k16(y[0], a, b[0], b[1], y[0]);
-                pq_mma_k16(y[1], a, b[2], b[3], y[1]);
-            }
+        for (int k = 0; k < D_STEPS; k++) { // x and T are zero beyond D
+            uint32_t a[4], b[4];
+            pq_ldmatrix(a, &s.x[row + lane % 16][16 * k + lane / 16 * 8]);
+            pq_ldmatrix_trans(b, &s.T[16 * k + lane % 16][col + lane / 16 * 8]);
+            pq_mma_k16(y[0], a, b[0], b[1], y[0]);
+            pq_mma_k16(y[1], a, b[2], b[3], y[1]);
         }
 #pragma unroll
         for (int j = 0; j < 2; j++) {
@@ -696,7 +701,12 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
         const int   code    = tag / 4 * (8 * PER) + (near & 15) / 2 * 8 + tag % 4 * 2 + (near & 1);
         ((uint8_t *) s.codes)[row * NSUB + sub] = (uint8_t) code;
         if (!sure) { // NaN comes here, too
-            atomicOr(&s.unsure[(row * NSUB + sub) / 32], 1u << ((row * NSUB + sub) % 32));
+            const int at = row * NSUB + sub;
+            const int n  = atomicAdd(&s.n_unsure, 1);
+            if (n < PQ_ENCODE_MAX_LIST) {
+                s.unsure_list[n] = (uint16_t) at;
+            }
+            atomicOr(&s.unsure[at / 32], 1u << (at % 32));
         }
     }
 }
@@ -710,7 +720,8 @@ __device__ __forceinline__ void pq_encode_tile_exact(const pq_encode_params & p,
     const int j    = sub * G::DSUB + lane % G::DSUB;
     float y_j = 0.0f;
     if (h.T) {
-        for (int k = 0; k < p.D; k += 8) { // the loads of a step do not wait for its sums
+#pragma unroll 2
+        for (int k = 0; k < p.D; k += 8) { // the loads of a step do not wait for the sums of the one before it
             float x[8], T[8];
 #pragma unroll
             for (int i = 0; i < 8; i++) {
@@ -831,10 +842,11 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
             }
         }
         __syncthreads();
-        for (int i = warp; i < s.ROWS * NSUB / 32; i += WARPS) {
-            for (uint32_t left = s.unsure[i]; left != 0; left &= left - 1) {
-                const int j = i * 32 + __ffs(left) - 1;
-                pq_encode_tile_exact<TYPE>(p, h, col0, j / NSUB, j % NSUB, s);
+        const bool listed = s.n_unsure <= PQ_ENCODE_MAX_LIST;
+        for (int i = warp; i < (listed ? s.n_unsure : s.ROWS * NSUB / 32); i += WARPS) {
+            for (uint32_t left = listed ? 1 : s.unsure[i]; left != 0; left &= left - 1) {
+                const int at = listed ? s.unsure_list[i] : i * 32 + __ffs(left) - 1;
+                pq_encode_tile_exact<TYPE>(p, h, col0, at / NSUB, at % NSUB, s);
             }
         }
         __syncthreads();
