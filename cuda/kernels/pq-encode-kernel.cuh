@@ -333,7 +333,7 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
                                                     pq_encode_tile_smem<D_STEPS> & s) {
     constexpr int PIECES = 2 * D_STEPS; // of 8 elements
     constexpr int BATCH  = 4;
-    static_assert(s.ROWS * PIECES % (BATCH * PQ_ENCODE_THREADS) == 0, "no piece is beyond the last");
+    static_assert(pq_encode_tile_smem<D_STEPS>::ROWS * PIECES % (BATCH * PQ_ENCODE_THREADS) == 0, "no piece is beyond the last");
     for (int i0 = threadIdx.x; i0 < s.ROWS * PIECES; i0 += BATCH * PQ_ENCODE_THREADS) {
         union { uint4 u; __half2 h[4]; } v[BATCH];
         const uint8_t * x[BATCH];
