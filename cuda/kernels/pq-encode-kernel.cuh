@@ -600,53 +600,55 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
     }
     const float zero[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
 
-    int best[2], second[2];
+    int best[2], second[2]; // keys of the smallest group, and, without its tag, of the next one
     {
+        // the tags of groups 0-3 and 4-7, a byte each: 4 * group + t
+        const uint32_t tags[2] = { 0x0c080400 + t * 0x01010101u, 0x1c181410 + t * 0x01010101u };
+        int key[2][GROUPS];
 #pragma unroll
-        for (int group = 0; group < GROUPS; group += 2) {
-            int key[2][2];
+        for (int group = 0; group < GROUPS; group++) {
+            int m[2];
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                int m[2];
-#pragma unroll
-                for (int i = 0; i < PER; i++) {
-                    const int n = (group + j) * PER + i;
-                    float d[4];
-                    if constexpr (DSUB == 2) {
-                        pq_mma_k8(d, a[0], a[1], op.b[n][0], zero);
-                    } else {
-                        pq_mma_k16(d, a, op.b[n][0], op.b[n][1], zero);
-                    }
-#pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        const int d0 = __float_as_int(d[2 * r]), d1 = __float_as_int(d[2 * r + 1]);
-                        m[r] = i == 0 ? min(d0, d1) : pq_min3(m[r], d0, d1);
-                    }
-                }
-                const uint32_t tags = group < 4 ? 0x0c080400 : 0x1c181410; // 4 * group, a byte each
-                key[0][j] = (int) __byte_perm(m[0], tags, 0x3214 + (group + j) % 4);
-                key[1][j] = (int) __byte_perm(m[1], tags, 0x3214 + (group + j) % 4);
-            }
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const int lo = min(key[r][0], key[r][1]), hi = max(key[r][0], key[r][1]);
-                if (group == 0) {
-                    best[r]   = lo;
-                    second[r] = hi;
+            for (int i = 0; i < PER; i++) {
+                const int n = group * PER + i;
+                float d[4];
+                if constexpr (DSUB == 2) {
+                    pq_mma_k8(d, a[0], a[1], op.b[n][0], zero);
                 } else {
-                    pq_merge_best(best[r], second[r], lo, hi);
+                    pq_mma_k16(d, a, op.b[n][0], op.b[n][1], zero);
+                }
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const int d0 = __float_as_int(d[2 * r]), d1 = __float_as_int(d[2 * r + 1]);
+                    m[r] = i == 0 ? min(d0, d1) : pq_min3(m[r], d0, d1);
                 }
             }
+            key[0][group] = (int) __byte_perm(m[0], tags[group / 4], 0x3214 + group % 4);
+            key[1][group] = (int) __byte_perm(m[1], tags[group / 4], 0x3214 + group % 4);
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            best[r] |= t;
+            best[r] = min(key[r][0], key[r][1]);
+#pragma unroll
+            for (int group = 2; group < GROUPS; group += 2) {
+                best[r] = pq_min3(best[r], key[r][group], key[r][group + 1]);
+            }
 #pragma unroll
             for (int o = 1; o < 4; o *= 2) {
-                const int best_b   = __shfl_xor_sync(0xffffffff, best[r],   o);
-                const int second_b = __shfl_xor_sync(0xffffffff, second[r], o);
-                pq_merge_best(best[r], second[r], best_b, second_b);
+                best[r] = min(best[r], __shfl_xor_sync(0xffffffff, best[r], o));
             }
+            // No two keys are equal. As unsigned numbers, key - best - 1 keep their order, and that of the best is the largest.
+            const uint32_t minus = ~(uint32_t) best[r];
+            uint32_t next = min(key[r][0] + minus, key[r][1] + minus);
+#pragma unroll
+            for (int group = 2; group < GROUPS; group += 2) {
+                next = __vimin3_u32(next, key[r][group] + minus, key[r][group + 1] + minus);
+            }
+#pragma unroll
+            for (int o = 1; o < 4; o *= 2) {
+                next = min(next, __shfl_xor_sync(0xffffffff, next, o));
+            }
+            second[r] = (int) (next - minus);
         }
     }
 
