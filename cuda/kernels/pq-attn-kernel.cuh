@@ -217,9 +217,15 @@ PQ_DEVICE void prefetch_l2(const uint8_t * block, const side_args & s, int i, in
     }
 }
 
+// How the 16-byte pieces of a table row (8 elements of the head each) are laid out.
+enum table_order {
+    IN_ORDER,
+    BY_QUARTERS, // D = 128: first the first halves of the four quarters of the head, then the second halves (pq-attn-128-kernel.cuh)
+};
+
 // Row c of a table holds, 16 bytes per lane, centroid c of every subspace in the head's order. A thread takes the subspaces of one lane and 16
 // bytes of centroids of each, and turns that little matrix: both sides see whole 16-byte accesses without conflicts.
-template <int TYPE, int L>
+template <int TYPE, int L, table_order ORDER = IN_ORDER>
 PQ_DEVICE void build_table(uint8_t * table, const uint8_t * centroids, int D, int tid, int nt) {
     if constexpr (TYPE == PLAIN) {
         return;
@@ -236,7 +242,8 @@ PQ_DEVICE void build_table(uint8_t * table, const uint8_t * centroids, int D, in
     for (int item = tid; item < n_item; item += nt) {
         // 8 lanes side by side for the stores, 4 runs of 16 bytes for the loads
         const int block = item / 32;
-        const int l     = item % 8 + 8 * (block % n_lane8);
+        const int l     = ORDER == IN_ORDER ? item % 8 + 8 * (block % n_lane8) : item % 8 / 2 * 4 + block % 2 * 2 + item % 2;
+        const int piece = ORDER == IN_ORDER ? l : l / 2 % 2 * 8 + l / 4 * 2 + l % 2;
         const int c     = (item / 8 % 4 + 4 * (block / n_lane8)) * N_CEN;
         if (l >= n_lane) {
             continue;
@@ -250,7 +257,7 @@ PQ_DEVICE void build_table(uint8_t * table, const uint8_t * centroids, int D, in
             x[m][2] = v.z;
             x[m][3] = v.w;
         }
-        uint8_t * row = table + l / 16 * PLANE + c * 256 + l % 16 * 16;
+        uint8_t * row = table + piece / 16 * PLANE + c * 256 + piece % 16 * 16;
 #pragma unroll
         for (int i = 0; i < N_CEN; i++) {
             uint4 v;
@@ -299,8 +306,13 @@ PQ_DEVICE void load_tile(uint32_t (&w)[N_SLOT], const lane_side & s, int64_t cel
     }
 }
 
+// pq3: the lane's 24 bits at bits 8..31, from its word and the next.
+PQ_DEVICE uint32_t join_words(uint32_t w, uint32_t next, const lane_side & s) {
+    return __funnelshift_r(w, next, s.funnel);
+}
+
 // The lane's four half2 of a cell from its code word.
-template <int TYPE, uint32_t TABLE /* offset in dynamic shared memory */>
+template <int TYPE, uint32_t TABLE /* offset in dynamic shared memory */, bool JOINED = false /* pq3: w has been through join_words() */>
 PQ_DEVICE void lookup(uint32_t (&y)[4], uint32_t w, const lane_side & s) {
     if constexpr (TYPE == PQ_TYPE_PQ4) {
 #pragma unroll
@@ -308,8 +320,7 @@ PQ_DEVICE void lookup(uint32_t (&y)[4], uint32_t w, const lane_side & s) {
             y[i] = pq_load_shared_u32<TABLE>(__byte_perm(w, s.low[i / 2], s.pick[i]));
         }
     } else if constexpr (TYPE == PQ_TYPE_PQ3) {
-        const uint32_t next = __shfl_sync(PQ_FULL_WARP, w, s.next_lane);
-        const uint32_t bits = __funnelshift_r(w, next, s.funnel);
+        const uint32_t bits = JOINED ? w : join_words(w, __shfl_sync(PQ_FULL_WARP, w, s.next_lane), s);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             y[i] = pq_load_shared_u32<TABLE>((bits >> s.pick[i] & 0x3f00) | s.low[i]);

@@ -12,7 +12,7 @@ cudaError_t launch_kernel(const args & a, const pq_cuda_attn_plan & plan, cudaSt
 
 template <int R>
 cudaError_t launch(const args & a, const pq_cuda_attn_plan & plan, cudaStream_t stream) {
-    if (plan.two_phase) {
+    if (plan.kernel == PQ_CUDA_ATTN_TWO_PHASES) {
         switch (plan.lanes) {
             case 16: return launch_kernel<ANY_TYPE, ANY_TYPE, 16, R, true>(a, plan, stream);
             case 32: return launch_kernel<ANY_TYPE, ANY_TYPE, 32, R, true>(a, plan, stream);

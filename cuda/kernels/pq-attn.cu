@@ -1,6 +1,5 @@
+#include "pq-attn-128.cuh"
 #include "pq-attn.cuh"
-
-#include <math.h>
 
 #include <algorithm>
 
@@ -12,8 +11,9 @@ constexpr int MAX_SPLIT      = 256;
 constexpr int MAX_LIST       = 65535;  // tiles and tail slots of a block: u16 indexes
 constexpr int SPLIT_STEP     = 64;     // cells: whole tiles of every kernel
 constexpr int PROLOGUE_CELLS = 400;    // what a block does before its first cell takes as long as this many cells of one row
-constexpr int PREFETCH_CELLS = 512;    // below it a block may well see nothing but the tail, and its codebook would be read for nothing
-constexpr int COMBINE_CELLS  = 200;    // and the launch of the combine kernel, as this many
+constexpr int EARLY_CELLS    = 512;    // below it a block may well see nothing but the tail, and its codebook would be read for nothing
+constexpr int COMBINE_CELLS  = 200;    // and merging the parts, as this many
+constexpr int MAX_NEW_ROWS   = 64;     // of a step: every block looks at the slots of all
 
 int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -55,6 +55,45 @@ smem_layout get_smem_layout(const pq_attn_params & p, int lanes, int R, bool two
 // Whether the tables of K and V can be in shared memory together where one is not written over the other (see v_table_offset).
 bool tables_apart(const pq_attn_params & p, int lanes) {
     return lanes < 32 || !is_coded(p.k) || !is_coded(p.v) || (p.k.type == PQ_TYPE_PQ3 && p.v.type == PQ_TYPE_PQ3);
+}
+
+struct smem_layout_128 {
+    size_t codes, rows, qt, weights, merge_ml, sums, tail, bytes;
+};
+
+// Of attn_128_kernel.
+smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_warps) {
+    const size_t NW = n_threads_128(R) / PQ_WARP;
+    smem_layout_128 s;
+    // after the tables their room serves the merge, the partial sums of T_inv and the encoder
+    size_t off = std::max({ (size_t) table_bytes(p.k.type, 16) + table_bytes(p.v.type, 16), NW * 2 * R * 128 * sizeof(float),
+                            8 * NW * PQ_WARP * R * sizeof(float), NW * PQ_WARP / PQ_ENCODE_THREADS * sizeof(pq_encode_few_smem) });
+    auto take = [&](size_t bytes) {
+        const size_t at = off;
+        off += (bytes + 15) / 16 * 16;
+        return at;
+    };
+    off = (off + 15) / 16 * 16;
+    s.codes    = take(NW * TILE_128 * (pq_head_bytes(p.k.type, 128) + pq_head_bytes(p.v.type, 128)));
+    s.rows     = take(R * sizeof(row_info));
+    s.qt       = take((size_t) R * Q_STRIDE * sizeof(uint16_t));
+    s.weights  = take(R > 1 ? ((NW + 1) * 16 * R + 4) * sizeof(uint32_t) : 0);
+    s.merge_ml = take((4 * NW * R + 4 * R + 4) * sizeof(float));
+    s.sums     = take((size_t) R * 2 * 128 * sizeof(float));
+    s.tail     = take((size_t) n_tail_warps * R * 128 * sizeof(float));
+    s.bytes    = off;
+    return s;
+}
+
+// Whether attn_128_kernel takes these parameters, where it has the shared memory: it copies 16 bytes of codes at a time.
+bool takes_kernel_128(const pq_attn_params & p, const pq_cuda_device_props & device, int R) {
+    for (const pq_attn_side * s : { &p.k, &p.v }) {
+        if (s->D != 128 || !is_coded(*s) || ((uintptr_t) s->data | s->row_stride | s->head_stride | s->stream_stride) % 16 != 0) {
+            return false;
+        }
+    }
+    return ((uintptr_t) p.q | p.q_token_stride | p.q_head_stride | p.q_stream_stride) % 16 == 0 &&
+           get_smem_layout_128(p, R, p.tail.n > 0).bytes <= device.smem_optin;
 }
 
 int rows_per_block(int64_t n_rows) {
@@ -122,7 +161,9 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
     plan.lanes          = lanes_per_cell(p.k.D);
     plan.rows_per_block = rows_per_block(n_rows);
     plan.n_row_groups   = (int32_t) div_up(n_rows, plan.rows_per_block);
-    plan.n_threads      = n_threads(plan.rows_per_block);
+    plan.n_sm           = device.n_sm;
+    const bool is_128   = takes_kernel_128(p, device, plan.rows_per_block);
+    plan.n_threads      = is_128 ? n_threads_128(plan.rows_per_block) : n_threads(plan.rows_per_block);
 
     // One block fills a multiprocessor. Time in units of a cell: every wave of blocks costs its longest block.
     const int64_t n_base  = (int64_t) p.n_stream * p.n_head_kv * plan.n_row_groups;
@@ -132,7 +173,7 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
     for (int64_t n = 1; n <= std::min<int64_t>(MAX_SPLIT, std::max<int64_t>(n_steps, 1)); n++) {
         const int64_t cells = div_up(n_steps, n) * SPLIT_STEP;
         const int64_t slots = div_up(p.tail.n, n);
-        if (cells / cells_per_tile(plan.lanes) + slots > MAX_LIST) {
+        if (!is_128 && cells / cells_per_tile(plan.lanes) + slots > MAX_LIST) {
             continue;
         }
         const int64_t waves = div_up(n_base * n, device.n_sm);
@@ -149,11 +190,22 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
     plan.slots_per_split = div_up(p.tail.n, plan.n_split);
     plan.n_blocks        = (int32_t) (n_base * plan.n_split);
 
-    const int     R      = plan.rows_per_block;
+    const int R = plan.rows_per_block;
+    if (is_128) {
+        plan.kernel        = PQ_CUDA_ATTN_128;
+        plan.counter_bytes = ((size_t) n_base + 2) * sizeof(uint32_t);
+        plan.scratch_bytes = plan.n_split == 1 ? 0 : (size_t) p.n_stream * p.n_head_kv * n_rows * plan.n_split * (4 + 2 * 128) * sizeof(float);
+        const size_t per_warp = (size_t) R * 128 * sizeof(float);
+        const size_t room     = device.smem_optin - get_smem_layout_128(p, R, 0).bytes;
+        plan.n_tail_warps = (int32_t) std::min<int64_t>({ plan.n_threads / PQ_WARP, div_up(plan.slots_per_split, TAIL_STEP), (int64_t) (room / per_warp) });
+        plan.smem_bytes   = get_smem_layout_128(p, R, plan.n_tail_warps).bytes;
+        return plan;
+    }
     const int64_t n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
+    plan.kernel     = PQ_CUDA_ATTN_ONE_PHASE;
     plan.smem_bytes = get_smem_layout(p, plan.lanes, R, false, n_list, 0).bytes;
     if (plan.smem_bytes > device.smem_optin || !tables_apart(p, plan.lanes)) {
-        plan.two_phase   = 1;
+        plan.kernel      = PQ_CUDA_ATTN_TWO_PHASES;
         const size_t one = get_smem_layout(p, plan.lanes, R, true, n_list, 1).bytes - get_smem_layout(p, plan.lanes, R, true, n_list, 0).bytes;
         const size_t fit = (device.smem_optin - std::min(device.smem_optin, get_smem_layout(p, plan.lanes, R, true, n_list, 0).bytes)) / one;
         const int64_t need = std::max<int64_t>(plan.cells_per_split / cells_per_tile(plan.lanes), MIN_SCORE_TILES);
@@ -179,14 +231,8 @@ static side_args get_side_args(const pq_attn_side & s) {
     return a;
 }
 
-cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch, cudaStream_t stream) {
-    if (p.n_q == 0 || p.n_stream == 0) {
-        return cudaSuccess;
-    }
-    const int64_t     n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
-    const smem_layout s      = get_smem_layout(p, plan.lanes, plan.rows_per_block, plan.two_phase, n_list, plan.score_tiles);
-
-    args a = {};
+// What every kernel is told.
+static void set_args(args & a, const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch) {
     a.p = p;
     a.k = get_side_args(p.k);
     a.v = get_side_args(p.v);
@@ -197,8 +243,6 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
     a.cells_per_split = plan.cells_per_split;
     a.slots_per_split = plan.slots_per_split;
     a.mask_by_16      = ((uintptr_t) p.mask | p.mask_token_stride | p.mask_head_stride | p.mask_stream_stride) % 16 == 0;
-    a.prefetch        = plan.cells_per_split >= PREFETCH_CELLS;
-    a.score_tiles     = plan.score_tiles;
     a.n_head_log2     = 1;
     while (2 * a.n_head_log2 <= p.n_head) {
         a.n_head_log2 *= 2;
@@ -209,6 +253,93 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
     a.cap_inv       = p.logit_softcap != 0.0f ? 1.0f / p.logit_softcap : 0.0f;
     a.cap_log2e     = p.logit_softcap * LOG2E;
     a.partials      = (float *) scratch;
+}
+
+static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, void * scratch, void * counters,
+                              cudaStream_t stream) {
+    const smem_layout_128 s = get_smem_layout_128(p, plan.rows_per_block, plan.n_tail_warps);
+    args_128 a = {};
+    set_args(a, p, plan, scratch);
+    a.n_attn_blocks = plan.n_blocks;
+    a.n_tail_warps  = plan.n_tail_warps;
+    a.early_tables  = plan.cells_per_split >= EARLY_CELLS;
+    a.counters      = (uint32_t *) counters;
+    a.n_counters    = p.n_stream * p.n_head_kv * plan.n_row_groups;
+    a.smem_codes    = (uint32_t) s.codes;
+    a.smem_rows     = (uint32_t) s.rows;
+    a.smem_qt       = (uint32_t) s.qt;
+    a.smem_weights  = (uint32_t) s.weights;
+    a.smem_merge_ml = (uint32_t) s.merge_ml;
+    a.smem_sums     = (uint32_t) s.sums;
+    a.smem_tail     = (uint32_t) s.tail;
+    int n_blocks = plan.n_blocks;
+    if (new_rows) {
+        const int64_t n_row_parts = div_up(new_rows->n_rows, PQ_ENCODE_FEW_ROWS);
+        a.new_rows         = pq_make_encode_sides(new_rows, 2);
+        a.n_new            = (int32_t) new_rows->n_rows;
+        a.n_units          = (int32_t) (n_row_parts * 2 * p.n_head_kv * (128 / PQ_ENCODE_STRIP));
+        a.slot_base        = (p.tail.k - new_rows->tail) / (int64_t) new_rows->tail_row_stride;
+        a.slots_per_stream = (int64_t) (p.tail.k_stream_stride / new_rows->tail_row_stride);
+        // multiprocessors without attention encode; where there are none, blocks do when they are done
+        const int n_groups = plan.n_threads / PQ_ENCODE_THREADS;
+        n_blocks += std::min<int>(std::max(plan.n_sm - plan.n_blocks, 0), (int) div_up(a.n_units, n_groups));
+    }
+    return plan.rows_per_block == 1 ? launch_128<1>(a, plan, n_blocks, stream)
+         : plan.rows_per_block == 4 ? launch_128<4>(a, plan, n_blocks, stream)
+                                    : launch_128<8>(a, plan, n_blocks, stream);
+}
+
+const char * pq_cuda_step_unsupported(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows) {
+    if (plan.kernel != PQ_CUDA_ATTN_128) {
+        return "only the kernel for D = 128 and codes on both sides writes rows too";
+    }
+    if (p.tail.n == 0) {
+        return "there is no exact tail to hold the new rows";
+    }
+    for (int i = 0; i < 2; i++) {
+        const pq_encode_params & e = new_rows[i];
+        const pq_attn_side     & s = i == 0 ? p.k : p.v;
+        const uint8_t * tail       = i == 0 ? p.tail.k : p.tail.v;
+        const size_t row_stride    = i == 0 ? p.tail.k_row_stride : p.tail.v_row_stride;
+        const size_t head_stride   = i == 0 ? p.tail.k_head_stride : p.tail.v_head_stride;
+        const size_t stream_stride = i == 0 ? p.tail.k_stream_stride : p.tail.v_stream_stride;
+        if (e.n_rows < 1 || e.n_rows > MAX_NEW_ROWS || e.n_rows != new_rows[0].n_rows) {
+            return "there are no new rows, too many, or not as many of K as of V";
+        }
+        if (e.type != s.type || e.D != s.D || e.n_head_kv != p.n_head_kv || e.codebook != s.codebook || e.x_idx) {
+            return "the new rows are not of this K and V";
+        }
+        if (e.x_f16 || ((uintptr_t) e.x | e.x_row_stride | e.x_head_stride) % 16 != 0) {
+            return "the new rows are not f32 at multiples of 16 bytes";
+        }
+        // the same slots, counted from the beginning of the storage there and of the streams in use here
+        if (!e.tail || e.tail_row_stride != row_stride || head_stride != 256 || (tail - e.tail) % (int64_t) row_stride != 0 || stream_stride % row_stride != 0 ||
+            (tail - e.tail) / (int64_t) row_stride != (p.tail.k - new_rows[0].tail) / (int64_t) new_rows[0].tail_row_stride || stream_stride / row_stride != p.tail.k_stream_stride / p.tail.k_row_stride) {
+            return "the tail that attention reads is not the one that the new rows go to";
+        }
+    }
+    return nullptr;
+}
+
+cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, void * scratch, void * counters,
+                         cudaStream_t stream) {
+    return pq_cuda_step_unsupported(p, plan, new_rows) ? cudaErrorInvalidValue : run_128(p, plan, new_rows, scratch, counters, stream);
+}
+
+cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch, void * counters, cudaStream_t stream) {
+    if (p.n_q == 0 || p.n_stream == 0) {
+        return cudaSuccess;
+    }
+    if (plan.kernel == PQ_CUDA_ATTN_128) {
+        return run_128(p, plan, nullptr, scratch, counters, stream);
+    }
+    const int64_t     n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
+    const smem_layout s      = get_smem_layout(p, plan.lanes, plan.rows_per_block, plan.kernel == PQ_CUDA_ATTN_TWO_PHASES, n_list, plan.score_tiles);
+
+    args a = {};
+    set_args(a, p, plan, scratch);
+    a.prefetch      = plan.cells_per_split >= EARLY_CELLS;
+    a.score_tiles   = plan.score_tiles;
     a.record_floats = 4 + p.v.D * (p.tail.n > 0 ? 2 : 1);
     a.smem_scores   = (uint32_t) s.scores;
     a.smem_rows     = (uint32_t) s.rows;

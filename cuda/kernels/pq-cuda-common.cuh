@@ -32,6 +32,12 @@ PQ_DEVICE uint32_t pq_load_u16(const uint16_t * p) {
     return x;
 }
 
+PQ_DEVICE uint32_t pq_load_u32(const uint16_t * p) {
+    uint32_t x;
+    asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(p));
+    return x;
+}
+
 // p + a * b in one instruction; the compiler makes two of it
 PQ_DEVICE const uint8_t * pq_mad_wide(uint32_t a, uint32_t b, const uint8_t * p) {
     const uint8_t * x;
@@ -44,6 +50,21 @@ PQ_DEVICE uint4 pq_load_stream_u128(const uint8_t * p) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
     return x;
 }
+
+// The same for rows that this kernel may have written: the path for data that never changes must not be used.
+PQ_DEVICE uint4 pq_load_row_u128(const uint8_t * p) {
+    uint4 x;
+    asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p) : "memory");
+    return x;
+}
+
+PQ_DEVICE uint2 pq_load_row_u64(const uint8_t * p) {
+    uint2 x;
+    asm volatile("ld.global.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p) : "memory");
+    return x;
+}
+
+// ---- shared memory ----
 
 // Dynamic shared memory begins after the 1 KB that the system keeps (compute capability 8.0 and later), in a kernel without static
 // shared memory. With the address known at compile time a table lookup needs no addition; kernels that use it check it.
@@ -61,6 +82,58 @@ PQ_DEVICE uint2 pq_load_shared_u64(uint32_t address) {
     uint2 x;
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2+%3];" : "=r"(x.x), "=r"(x.y) : "r"(address), "n"(PQ_SHARED_BASE + OFFSET));
     return x;
+}
+
+// By absolute addresses.
+PQ_DEVICE uint32_t pq_shared_u16(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+
+PQ_DEVICE uint32_t pq_shared_u32(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+
+PQ_DEVICE uint2 pq_shared_u64(uint32_t address) {
+    uint2 x;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
+    return x;
+}
+
+PQ_DEVICE uint4 pq_shared_u128(uint32_t address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
+    return x;
+}
+
+PQ_DEVICE void pq_store_shared_u16(uint32_t address, uint16_t x) {
+    asm volatile("st.shared.b16 [%0], %1;" : : "r"(address), "h"(x) : "memory");
+}
+
+PQ_DEVICE void pq_store_shared_u32(uint32_t address, uint32_t x) {
+    asm volatile("st.shared.b32 [%0], %1;" : : "r"(address), "r"(x) : "memory");
+}
+
+// 16 bytes from global to shared memory, beside what the thread goes on to do. Copies are waited for in groups, the oldest first. The whole
+// line comes to L2: the heads beside this one are other blocks' work of the same time.
+PQ_DEVICE void pq_copy_async(uint32_t shared, const uint8_t * global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" : : "r"(shared), "l"(global) : "memory");
+}
+
+PQ_DEVICE void pq_prefetch_l2(const uint8_t * p) {
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(p));
+}
+
+PQ_DEVICE void pq_copy_commit() {
+    asm volatile("cp.async.commit_group;" : : : "memory");
+}
+
+template <int N /* groups that may still be on their way */>
+PQ_DEVICE void pq_copy_wait() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
 }
 
 PQ_DEVICE __half2 pq_as_half2(uint32_t x) {
@@ -89,6 +162,12 @@ PQ_DEVICE float pq_exp2(float x) { // 2 ulp; exp2(-inf) = 0
 PQ_DEVICE int pq_opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
+}
+
+// The same for a value that stays: the compiler would rather compute it again in every turn of a loop than keep it in a register.
+// The whole warp calls it.
+PQ_DEVICE uint32_t pq_keep(uint32_t x, int lane) {
+    return __shfl_sync(PQ_FULL_WARP, x, lane);
 }
 
 // Barrier number `id` of the first n threads of a block, n a multiple of 32.

@@ -23,8 +23,14 @@ struct pq_cuda_device_props {
     size_t smem_optin; // largest dynamic shared memory of a block, bytes (cudaDevAttrMaxSharedMemoryPerBlockOptin)
 };
 
+enum pq_cuda_attn_kernel {
+    PQ_CUDA_ATTN_128,        // D = 128, codes on both sides: pq-attn-128-kernel.cuh
+    PQ_CUDA_ATTN_ONE_PHASE,  // every other case: pq-attn-kernel.cuh
+    PQ_CUDA_ATTN_TWO_PHASES, // the same where the tables of K and V don't fit into shared memory together: scores first, then values
+};
+
 struct pq_cuda_attn_plan {
-    int32_t two_phase;       // 0: the tables of K and V are in shared memory together. 1: one after the other (both do not fit)
+    enum pq_cuda_attn_kernel kernel;
     int32_t lanes;           // lanes that share a cell, D / 8 rounded up to 8, 16 or 32
     int32_t rows_per_block;  // query rows of a KV head that one block serves at a time: 1, 4 or 8
     int32_t n_row_groups;    // blocks that share a KV head's rows
@@ -32,10 +38,13 @@ struct pq_cuda_attn_plan {
     int64_t cells_per_split;
     int64_t slots_per_split; // of the exact tail
     int32_t n_threads;
-    int32_t n_blocks;
-    int32_t score_tiles;     // two_phase: tiles whose scores fit in shared memory
+    int32_t n_blocks;        // of attention; those that only encode come on top
+    int32_t score_tiles;     // two phases: tiles whose scores fit in shared memory
+    int32_t n_tail_warps;    // PQ_CUDA_ATTN_128: warps of a block that attend to the exact tail
+    int32_t n_sm;            // of the device that the plan is for
     size_t  smem_bytes;      // dynamic shared memory of a block
     size_t  scratch_bytes;   // device memory that pq_cuda_attn takes as `scratch`; 0 when n_split is 1
+    size_t  counter_bytes;   // and as `counters`
 };
 
 // NULL, or what about these parameters the CUDA kernels do not cover. Pure.
@@ -44,8 +53,17 @@ const char * pq_cuda_attn_unsupported(const pq_attn_params & p, const pq_cuda_de
 // Pure; only shapes, types and the presence of optional parts are read. Parameters must be supported.
 pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda_device_props & device);
 
-// Launches attention and combine on `stream`. `scratch` holds plan.scratch_bytes, 16-byte aligned.
-cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch, cudaStream_t stream);
+// Launches attention on `stream`. `scratch` holds plan.scratch_bytes, 16-byte aligned. `counters` holds plan.counter_bytes, which are
+// zero: a launch leaves them so, and launches that can run at the same time need counters of their own.
+cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch, void * counters, cudaStream_t stream);
+
+// NULL, or why pq_cuda_step does not cover these parameters.
+const char * pq_cuda_step_unsupported(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows);
+
+// A whole step in one launch: what pq_cuda_encode(new_rows, 2) and then pq_cuda_attn do, for new rows (K and V of the same tokens) that all
+// have a slot in the exact tail that attention reads.
+cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, void * scratch, void * counters,
+                         cudaStream_t stream);
 
 // Reads the properties of the current device.
 cudaError_t pq_cuda_get_device_props(pq_cuda_device_props * props);

@@ -27,16 +27,6 @@ static bool wide_ok(const pq_encode_params & p) {
     return ((uintptr_t) p.x | p.x_row_stride | p.x_head_stride | (uintptr_t) p.tail | p.tail_row_stride) % 16 == 0;
 }
 
-static pq_encode_sides make_sides(const pq_encode_params * params, int n_sides) {
-    pq_encode_sides sides = {};
-    for (int i = 0; i < n_sides; i++) {
-        sides.side[i].p          = params[i];
-        sides.side[i].layout     = pq_get_codebook_layout(params[i].type, params[i].D, params[i].has_transform);
-        sides.side[i].head_bytes = pq_head_bytes(params[i].type, params[i].D);
-    }
-    return sides;
-}
-
 cudaError_t pq_cuda_write_tail(const pq_encode_params * params, int n_sides, cudaStream_t stream) {
     if (n_sides < 1 || n_sides > 2) {
         return cudaErrorInvalidValue;
@@ -45,14 +35,14 @@ cudaError_t pq_cuda_write_tail(const pq_encode_params * params, int n_sides, cud
     const bool    wide   = wide_ok(params[0]) && wide_ok(params[n_sides - 1]);
     return n_rows == 0 ? cudaSuccess :
         pq_launch(wide ? pq_write_tail_kernel<true> : pq_write_tail_kernel<false>, dim3((unsigned) n_rows, n_sides), PQ_ENCODE_THREADS, 0,
-                  stream, make_sides(params, n_sides));
+                  stream, pq_make_encode_sides(params, n_sides));
 }
 
 cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStream_t stream) {
     if (n_sides < 1 || n_sides > 2) {
         return cudaErrorInvalidValue;
     }
-    const pq_encode_sides sides = make_sides(params, n_sides);
+    const pq_encode_sides sides = pq_make_encode_sides(params, n_sides);
     int     n_heads = 0;
     int     max_D   = 0;
     int64_t n_rows  = 0;

@@ -1,6 +1,8 @@
 // Tests and times the CUDA attention kernels.
 //
-//   pq-cuda-test                    every case against plain loops in double precision (of sampled heads where the context is long)
+//   pq-cuda-test [test [D]]         every case, or those of a head size, against plain loops in double precision (of sampled heads where
+//                                   the context is long), and steps in one launch against a launch for each part
+//   pq-cuda-test step               the latter alone
 //   pq-cuda-test plan               the launch plan alone; needs no GPU
 //   pq-cuda-test bench [7b|8b [depth [type]]]
 //                                   times: median of graph replays over more layers than the L2 cache holds; bytes of codes per second
@@ -96,7 +98,7 @@ struct host_side {
     const uint8_t * row(int64_t s, int64_t cell, int h) const { return data.data() + s * stream_stride + cell * row_stride + h * head_bytes; }
 };
 
-static void make_codebook(host_side & x, rng & r) {
+static void make_codebook(host_side & x, rng & r, bool encodes = false) {
     const pq_spec            s = pq_get_spec(x.type);
     const pq_codebook_layout l = x.layout();
     x.blocks.assign((size_t) x.H * l.head_bytes, 0);
@@ -110,7 +112,7 @@ static void make_codebook(host_side & x, rng & r) {
                 for (int j = 0; j < x.D; j++) {
                     const bool on = (i + h) % x.D == j;
                     ((uint16_t *) (b + l.T_inv))[i * x.D + j] = to_f16((on ? 0.5f + 0.2f * (float) (i % 7) : 0.0f) + 0.5f * r.normal() / sqrtf((float) x.D));
-                    ((uint16_t *) (b + l.T))[i * x.D + j]     = F16_NAN; // attention has no use for it
+                    ((uint16_t *) (b + l.T))[i * x.D + j]     = encodes ? to_f16(r.normal() / sqrtf((float) x.D)) : F16_NAN; // attention has no use for it
                 }
             }
         }
@@ -187,6 +189,17 @@ struct device_buf {
     device_buf(const device_buf &) = delete;
     device_buf & operator=(device_buf && o) { std::swap(p, o.p); std::swap(n, o.n); return *this; }
     ~device_buf() { cudaFree(p); }
+};
+
+// What a launch counts in, zero before and after.
+struct counters {
+    device_buf<uint8_t> buf;
+    explicit counters(const pq_cuda_attn_plan & plan) : buf(plan.counter_bytes) { CUDA(cudaMemset(buf.p, 0, plan.counter_bytes)); }
+    bool are_zero() const {
+        std::vector<uint8_t> x(buf.n);
+        CUDA(cudaMemcpy(x.data(), buf.p, buf.n, cudaMemcpyDeviceToHost));
+        return std::all_of(x.begin(), x.end(), [](uint8_t b) { return b == 0; });
+    }
 };
 
 static double slope_of(int h, int n_head, double max_bias) {
@@ -345,9 +358,11 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
     const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(p, props);
     device_buf<uint8_t> scratch(plan.scratch_bytes);
     CUDA(cudaMemset(scratch.p, 0xff, plan.scratch_bytes));
-    const cudaError_t err = pq_cuda_attn(p, plan, scratch.p, 0);
+    const counters n_done(plan);
+    const cudaError_t err = pq_cuda_attn(p, plan, scratch.p, n_done.buf.p, 0);
     check(err == cudaSuccess, "%s: launch: %s", c.name().c_str(), cudaGetErrorString(err));
     CUDA(cudaDeviceSynchronize());
+    check(n_done.are_zero(), "%s: counters are not as they were", c.name().c_str());
     std::vector<float> got(d_dst.n);
     CUDA(cudaMemcpy(got.data(), d_dst.p, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
 
@@ -455,7 +470,7 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
     }
     const double nmse = ref2 == 0.0 ? err2 : err2 / ref2;
     worst_nmse = nmse > worst_nmse ? nmse : worst_nmse;
-    check(nmse <= 1e-5, "%s: NMSE %.3g (split %d, two phases %d)", c.name().c_str(), nmse, plan.n_split, plan.two_phase);
+    check(nmse <= 1e-5, "%s: NMSE %.3g (split %d, kernel %d)", c.name().c_str(), nmse, plan.n_split, (int) plan.kernel);
     for (size_t i = 0; i < got.size(); i++) {
         if (!std::isfinite(got[i])) {
             check(false, "%s: element %zu was not written or is not finite", c.name().c_str(), i);
@@ -464,13 +479,161 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
     }
 }
 
-static void test(const pq_cuda_device_props & props) {
+// ---- a step: new rows, encoding and attention in one launch, against a launch for each ----
+
+struct step_case {
+    pq_type kt, vt;
+    int     n_head, n_head_kv, n_stream, n_q; // a new row per query
+    int64_t n_kv;
+    int     n_slots;  // per stream
+    int     n_ahead;  // streams of the storage before those in use
+    bool    transform;
+};
+
+static void run_step(const step_case & c, const pq_cuda_device_props & props) {
+    const int D = 128, H = c.n_head_kv, n_rows = c.n_q * c.n_stream;
+    char name[160];
+    snprintf(name, sizeof(name), "step: K %s V %s heads %d/%d streams %d n_q %d n_kv %lld slots %d T %d", type_names[c.kt], type_names[c.vt], c.n_head, H, c.n_stream,
+             c.n_q, (long long) c.n_kv, c.n_slots, c.transform);
+    rng r((uint64_t) c.n_kv + c.n_slots * 7 + c.n_head + c.n_q);
+    host_side k = make_side(c.kt, D, H, c.n_stream, c.n_kv, c.transform, r), v = make_side(c.vt, D, H, c.n_stream, c.n_kv, c.transform, r);
+    make_codebook(k, r, true);
+    make_codebook(v, r, true);
+    // where the new rows go: the last cells of each stream, and any slots
+    std::vector<int64_t> cell(n_rows), slot(n_rows);
+    std::vector<uint16_t> mask((size_t) c.n_stream * c.n_q * c.n_kv, 0), tail_mask((size_t) c.n_stream * c.n_q * c.n_slots, F16_MINUS_INF);
+    const int64_t cells_per_stream = (int64_t) (k.stream_stride / k.row_stride); // rows are of one stream's length only when it divides
+    for (int i = 0; i < n_rows; i++) {
+        const int s = i / c.n_q, t = i % c.n_q;
+        cell[i] = s * cells_per_stream + c.n_kv - c.n_q + t;
+        slot[i] = (int64_t) (s + c.n_ahead) * c.n_slots + (c.n_slots / 2 + 5 * t) % c.n_slots;
+        for (int u = 0; u < c.n_q; u++) {
+            mask[((size_t) s * c.n_q + u) * c.n_kv + c.n_kv - c.n_q + t] = F16_MINUS_INF;
+            if (t <= u) {
+                tail_mask[((size_t) s * c.n_q + u) * c.n_slots + slot[i] % c.n_slots] = 0;
+            }
+            for (int x = 0; x < c.n_slots; x += 3) { // older tokens
+                bool is_new = false;
+                for (int w = 0; w < c.n_q; w++) {
+                    is_new = is_new || (c.n_slots / 2 + 5 * w) % c.n_slots == x;
+                }
+                if (!is_new) {
+                    tail_mask[((size_t) s * c.n_q + u) * c.n_slots + x] = 0;
+                }
+            }
+        }
+    }
+    std::vector<uint16_t> tail((size_t) (c.n_stream + c.n_ahead) * c.n_slots * H * D);
+    for (uint16_t & x : tail) { x = to_f16(r.normal()); }
+    for (int i = 0; i < n_rows; i++) { // nothing is there yet
+        std::fill_n(&tail[slot[i] * H * D], H * D, F16_NAN);
+    }
+    device_buf<uint8_t>  d_kb(k.blocks), d_vb(v.blocks), d_k[2] = { device_buf<uint8_t>(k.data), device_buf<uint8_t>(k.data) }, d_v[2] = { device_buf<uint8_t>(v.data), device_buf<uint8_t>(v.data) };
+    device_buf<uint16_t> d_mask(mask), d_tm(tail_mask), d_tk[2] = { device_buf<uint16_t>(tail), device_buf<uint16_t>(tail) }, d_tv[2] = { device_buf<uint16_t>(tail), device_buf<uint16_t>(tail) };
+    device_buf<int64_t>  d_cell(cell), d_slot(slot);
+    const size_t n_out = (size_t) n_rows * c.n_head * D;
+    device_buf<float>    d_dst[2] = { device_buf<float>(n_out), device_buf<float>(n_out) };
+
+    pq_attn_params   p[2] = {};
+    pq_encode_params e[2][2] = {};
+    for (int i = 0; i < 2; i++) {
+        p[i].n_head = c.n_head; p[i].n_head_kv = H; p[i].n_stream = c.n_stream; p[i].n_q = c.n_q; p[i].n_kv = c.n_kv;
+        for (int side = 0; side < 2; side++) {
+            const host_side & x = side ? v : k;
+            pq_attn_side & a = side ? p[i].v : p[i].k;
+            a.type = x.type; a.D = D; a.has_transform = x.transform;
+            a.codebook = side ? d_vb.p : d_kb.p;
+            a.data = side ? d_v[i].p : d_k[i].p;
+            a.row_stride = x.row_stride; a.head_stride = x.head_bytes; a.stream_stride = cells_per_stream * x.row_stride;
+            pq_encode_params & n = e[i][side];
+            n.type = x.type; n.D = D; n.n_head_kv = H; n.n_rows = n_rows; n.codebook = a.codebook; n.has_transform = x.transform;
+            n.x_row_stride = (size_t) H * D * 4; n.x_head_stride = D * 4;
+            n.codes = (uint8_t *) a.data; n.codes_row_stride = x.row_stride; n.row_idx = d_cell.p;
+            n.tail = (uint8_t *) (side ? d_tv[i].p : d_tk[i].p); n.tail_row_stride = (size_t) H * D * 2; n.tail_idx = d_slot.p;
+        }
+        p[i].q_token_stride = D * 4; p[i].q_head_stride = p[i].q_token_stride * c.n_q; p[i].q_stream_stride = p[i].q_head_stride * c.n_head;
+        p[i].mask = (const uint8_t *) d_mask.p;
+        p[i].mask_token_stride = c.n_kv * 2; p[i].mask_head_stride = p[i].mask_stream_stride = p[i].mask_token_stride * c.n_q;
+        p[i].n_head_mask = 1; p[i].n_stream_mask = c.n_stream;
+        pq_attn_tail & t = p[i].tail;
+        t.n = c.n_slots;
+        t.k_row_stride = t.v_row_stride = (size_t) H * D * 2; t.k_head_stride = t.v_head_stride = D * 2;
+        t.k_stream_stride = t.v_stream_stride = t.k_row_stride * c.n_slots;
+        t.k = (const uint8_t *) d_tk[i].p + c.n_ahead * t.k_stream_stride;
+        t.v = (const uint8_t *) d_tv[i].p + c.n_ahead * t.k_stream_stride;
+        t.mask = (const uint8_t *) d_tm.p; t.mask_token_stride = c.n_slots * 2; t.mask_stream_stride = t.mask_token_stride * c.n_q;
+        p[i].scale = 1.0f / sqrtf((float) D);
+        p[i].dst = d_dst[i].p;
+        p[i].dst_head_stride = D * 4; p[i].dst_token_stride = p[i].dst_head_stride * c.n_head; p[i].dst_stream_stride = p[i].dst_token_stride * c.n_q;
+    }
+    const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(p[0], props);
+    device_buf<uint8_t> scratch(plan.scratch_bytes);
+    const counters n_done(plan);
+    for (int round = 0; round < 3; round++) { // the counters serve more than once
+        std::vector<float> q((size_t) n_rows * c.n_head * D), x((size_t) n_rows * H * D);
+        for (float & f : q) { f = 1.5f * r.normal(); }
+        for (float & f : x) { f = r.normal(); }
+        device_buf<float> d_q(q), d_x(x);
+        for (int i = 0; i < 2; i++) {
+            p[i].q = (const uint8_t *) d_q.p;
+            e[i][0].x = e[i][1].x = d_x.p;
+            CUDA(cudaMemset(d_dst[i].p, 0xff, n_out * sizeof(float)));
+        }
+        const char * why = pq_cuda_step_unsupported(p[1], plan, e[1]);
+        check(!why, "%s: %s", name, why ? why : "");
+        if (why) {
+            return;
+        }
+        CUDA(pq_cuda_encode(e[0], 2, 0));
+        CUDA(pq_cuda_attn(p[0], plan, scratch.p, n_done.buf.p, 0));
+        CUDA(pq_cuda_step(p[1], plan, e[1], scratch.p, n_done.buf.p, 0));
+        CUDA(cudaDeviceSynchronize());
+        check(n_done.are_zero(), "%s: counters are not as they were", name);
+        auto same = [&](const char * what, const void * a, const void * b, size_t n) {
+            std::vector<uint8_t> x(n), y(n);
+            CUDA(cudaMemcpy(x.data(), a, n, cudaMemcpyDeviceToHost));
+            CUDA(cudaMemcpy(y.data(), b, n, cudaMemcpyDeviceToHost));
+            const size_t at = std::mismatch(x.begin(), x.end(), y.begin()).first - x.begin();
+            check(at == n, "%s: round %d: %s differ at byte %zu of %zu", name, round, what, at, n);
+        };
+        same("codes of K", d_k[0].p, d_k[1].p, k.data.size());
+        same("codes of V", d_v[0].p, d_v[1].p, v.data.size());
+        same("tails of K", d_tk[0].p, d_tk[1].p, tail.size() * 2);
+        same("tails of V", d_tv[0].p, d_tv[1].p, tail.size() * 2);
+        same("results", d_dst[0].p, d_dst[1].p, n_out * sizeof(float));
+        std::vector<float> got(n_out);
+        CUDA(cudaMemcpy(got.data(), d_dst[1].p, n_out * sizeof(float), cudaMemcpyDeviceToHost));
+        check(std::all_of(got.begin(), got.end(), [](float f) { return std::isfinite(f); }), "%s: the result is not finite: a new row was not seen", name);
+    }
+}
+
+static void test_step(const pq_cuda_device_props & props) {
+    const pq_type P4 = PQ_TYPE_PQ4, P3 = PQ_TYPE_PQ3, P2 = PQ_TYPE_PQ2;
+    for (const auto & t : { std::pair<pq_type, pq_type>(P4, P4), { P3, P3 }, { P2, P2 }, { P4, P2 }, { P2, P3 } }) {
+        for (int64_t n_kv : { 31, 256, 4096 }) {
+            for (const auto & heads : { std::pair<int, int>(32, 32), { 32, 8 }, { 8, 1 }, { 3, 3 } }) {
+                for (int n_q : { 1, 3, 8 }) {
+                    run_step({ t.first, t.second, heads.first, heads.second, 1, n_q, n_kv, 64, 0, true }, props);
+                }
+            }
+        }
+    }
+    for (int n_stream : { 2, 5 }) {
+        run_step({ P4, P4, 8, 4, n_stream, 1, 1000, 129, 0, true }, props);
+        run_step({ P3, P4, 8, 4, n_stream, 2, 1000, 64, 2, false }, props);
+    }
+    run_step({ P4, P4, 64, 64, 1, 1, 40000, 640, 0, true }, props); // more blocks than multiprocessors
+}
+
+static void test(const pq_cuda_device_props & props, int only_D) {
     const pq_type P4 = PQ_TYPE_PQ4, P3 = PQ_TYPE_PQ3, P2 = PQ_TYPE_PQ2, F = PQ_TYPE_COUNT;
     const attn_case base = { P4, P4, 128, 4, 4, 1, 1, 257, MASK_CAUSAL, 128, true, 0.0f, 0.0f, false, 1, 1, 0, 0 };
     auto with = [&](auto f) {
         attn_case c = base;
         f(c);
-        run_case(c, props);
+        if (only_D == 0 || c.D == only_D) {
+            run_case(c, props);
+        }
     };
     with([](attn_case &) {});
     const pq_type types[] = { P4, P3, P2, F };
@@ -578,8 +741,11 @@ static void test_plan() {
                                 const int waves = (plan.n_blocks + h200.n_sm - 1) / h200.n_sm;
                                 check(n_kv < 32768 || plan.n_blocks >= 0.85 * waves * h200.n_sm, "%s: %d blocks (%d heads) leave multiprocessors idle", name, plan.n_blocks, n_base);
                                 check(plan.scratch_bytes <= (size_t) plan.n_blocks * plan.rows_per_block * (2 * D + 4) * 4, "%s: %zu bytes of scratch", name, plan.scratch_bytes);
-                                check(!plan.two_phase || plan.score_tiles >= 1, "%s: no room for scores", name);
-                                check(plan.two_phase || D <= 128 || t == 1, "%s: tables of %d would not fit", name, D);
+                                const bool two_phases = plan.kernel == PQ_CUDA_ATTN_TWO_PHASES;
+                                check(!two_phases || plan.score_tiles >= 1, "%s: no room for scores", name);
+                                check(two_phases || D <= 128 || t == 1, "%s: tables of %d would not fit", name, D);
+                                check((plan.kernel == PQ_CUDA_ATTN_128) == (D == 128), "%s: kernel %d", name, (int) plan.kernel);
+                                check(plan.kernel != PQ_CUDA_ATTN_128 || (plan.n_tail_warps >= 1) == (n_tail > 0), "%s: %d warps for the tail", name, plan.n_tail_warps);
                             }
                         }
                     }
@@ -595,7 +761,7 @@ static void test_plan() {
     const pq_cuda_device_props turing = { 75, 68, 65536 };
     check(pq_cuda_attn_unsupported(p, turing) != nullptr, "7.5 is too old");
     const pq_cuda_device_props ada = { 89, 128, 101376 };
-    check(!pq_cuda_attn_unsupported(p, ada) && pq_cuda_attn_make_plan(p, ada).two_phase && pq_cuda_attn_make_plan(p, ada).smem_bytes <= ada.smem_optin, "8.9 takes two phases");
+    check(!pq_cuda_attn_unsupported(p, ada) && pq_cuda_attn_make_plan(p, ada).kernel == PQ_CUDA_ATTN_TWO_PHASES && pq_cuda_attn_make_plan(p, ada).smem_bytes <= ada.smem_optin, "8.9 takes two phases");
     p.k.D = 64;
     check(pq_cuda_attn_unsupported(p, h200) != nullptr, "different head sizes");
     p.k.D = 128;
@@ -647,10 +813,14 @@ static double copy_gb_s() {
 struct bench_setup {
     std::vector<device_buf<uint8_t>> buffers; // of all layers
     std::vector<pq_attn_params>      layers;
+    std::vector<pq_encode_params>    new_rows; // K and V of each layer; empty when a side is plain
     pq_cuda_attn_plan                plan;
     device_buf<uint8_t>              scratch;
     device_buf<float>                q, dst;
     device_buf<uint16_t>             mask, tail_mask;
+    device_buf<float>                x;
+    device_buf<int64_t>              cells, slots;
+    device_buf<uint8_t>              counters;
     double                           code_bytes = 0; // of a layer
 };
 
@@ -694,9 +864,23 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
         c->H = H;
         c->transform = c->coded();
         if (c->coded()) {
-            make_codebook(*c, r);
+            make_codebook(*c, r, true);
         }
     }
+    std::vector<float> x((size_t) n_batch * n_q * H * D);
+    for (float & f : x) {
+        f = r.normal();
+    }
+    std::vector<int64_t> cells, slots;
+    for (int s = 0; s < n_batch; s++) {
+        for (int i = 0; i < n_q; i++) {
+            cells.push_back(s * n_kv + n_kv - 1 - i);
+            slots.push_back((int64_t) s * n_tail + (300 + i) % n_tail);
+        }
+    }
+    b.x     = device_buf<float>(x);
+    b.cells = device_buf<int64_t>(cells);
+    b.slots = device_buf<int64_t>(slots);
     for (int l = 0; l < n_layer; l++) {
         auto random = [&](size_t n) {
             b.buffers.emplace_back(n);
@@ -748,22 +932,43 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
         p.dst = b.dst.p;
         p.dst_head_stride = D * 4; p.dst_token_stride = p.dst_head_stride * n_head; p.dst_stream_stride = p.dst_token_stride * n_q;
         b.layers.push_back(p);
+        for (int side = 0; side < 2 && kt < PQ_TYPE_COUNT && vt < PQ_TYPE_COUNT; side++) {
+            const pq_attn_side & a = side ? p.v : p.k;
+            pq_encode_params e = {};
+            e.type = a.type; e.D = D; e.n_head_kv = H; e.n_rows = (int64_t) n_batch * n_q; e.codebook = a.codebook; e.has_transform = 1;
+            e.x = b.x.p; e.x_row_stride = (size_t) H * D * 4; e.x_head_stride = D * 4;
+            e.codes = (uint8_t *) a.data; e.codes_row_stride = a.row_stride; e.row_idx = b.cells.p;
+            e.tail = (uint8_t *) (side ? p.tail.v : p.tail.k); e.tail_row_stride = p.tail.k_row_stride; e.tail_idx = b.slots.p;
+            b.new_rows.push_back(e);
+        }
     }
     b.plan    = pq_cuda_attn_make_plan(b.layers[0], props);
     b.scratch = device_buf<uint8_t>(b.plan.scratch_bytes);
+    b.counters = device_buf<uint8_t>(b.plan.counter_bytes);
+    CUDA(cudaMemset(b.counters.p, 0, b.plan.counter_bytes));
     CUDA(cudaDeviceSynchronize());
     return b;
 }
 
-static void bench_one(bool mha, int64_t depth, pq_type kt, pq_type vt, int n_q, int n_batch, const pq_cuda_device_props & props, double copy) {
-    bench_setup b = make_bench(mha, depth, kt, vt, n_q, n_batch, props, 1000);
+enum bench_what { ATTENTION, ENCODE_AND_ATTENTION, STEP };
+
+// Microseconds per layer: sorted, of graph replays.
+static std::vector<float> time_layers(const bench_setup & b, bench_what what) {
     cudaStream_t stream;
     CUDA(cudaStreamCreate(&stream));
     cudaGraph_t     graph;
     cudaGraphExec_t exec;
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (const pq_attn_params & p : b.layers) {
-        CUDA(pq_cuda_attn(p, b.plan, b.scratch.p, stream));
+    for (size_t l = 0; l < b.layers.size(); l++) {
+        const pq_encode_params * rows = what == ATTENTION ? nullptr : &b.new_rows[2 * l];
+        if (what == STEP) {
+            CUDA(pq_cuda_step(b.layers[l], b.plan, rows, b.scratch.p, b.counters.p, stream));
+            continue;
+        }
+        if (rows) {
+            CUDA(pq_cuda_encode(rows, 2, stream));
+        }
+        CUDA(pq_cuda_attn(b.layers[l], b.plan, b.scratch.p, b.counters.p, stream));
     }
     CUDA(cudaStreamEndCapture(stream, &graph));
     CUDA(cudaGraphInstantiate(&exec, graph, 0));
@@ -782,14 +987,29 @@ static void bench_one(bool mha, int64_t depth, pq_type kt, pq_type vt, int n_q, 
             us.push_back(ms * 1e3f / (float) b.layers.size());
         }
     }
-    const float t = median(us);
-    const double gb_s = b.code_bytes / t * 1e-3;
-    printf("%-3s %-3s/%-3s n_q %d x %d  depth %8lld  split %3d  %9.2f us (min %.2f max %.2f)  %7.1f GB/s  %5.1f%% of copy\n", mha ? "7b" : "8b", type_names[kt], type_names[vt], n_q,
-           n_batch, (long long) depth, b.plan.n_split, t, *std::min_element(us.begin(), us.end()), *std::max_element(us.begin(), us.end()), gb_s, 100.0 * gb_s / copy);
-    fflush(stdout);
     CUDA(cudaGraphExecDestroy(exec));
     CUDA(cudaGraphDestroy(graph));
     CUDA(cudaStreamDestroy(stream));
+    std::sort(us.begin(), us.end());
+    return us;
+}
+
+static void bench_one(bool mha, int64_t depth, pq_type kt, pq_type vt, int n_q, int n_batch, const pq_cuda_device_props & props, double copy) {
+    const bench_setup b = make_bench(mha, depth, kt, vt, n_q, n_batch, props, 1000);
+    const std::vector<float> us = time_layers(b, ATTENTION);
+    const double t = us[us.size() / 2], gb_s = b.code_bytes / t * 1e-3;
+    printf("%-3s %-3s/%-3s n_q %d x %d  depth %8lld  split %3d  attention %8.2f us (min %.2f max %.2f)  %6.0f GB/s %5.1f%% of copy", mha ? "7b" : "8b", type_names[kt], type_names[vt], n_q,
+           n_batch, (long long) depth, b.plan.n_split, t, us.front(), us.back(), gb_s, 100.0 * gb_s / copy);
+    if (!b.new_rows.empty()) {
+        const std::vector<float> two = time_layers(b, ENCODE_AND_ATTENTION);
+        printf("  encode, attention %8.2f", two[two.size() / 2]);
+        if (!pq_cuda_step_unsupported(b.layers[0], b.plan, b.new_rows.data())) {
+            const std::vector<float> one = time_layers(b, STEP);
+            printf("  step %8.2f", one[one.size() / 2]);
+        }
+    }
+    printf("\n");
+    fflush(stdout);
 }
 
 static pq_type parse_type(const char * s) {
@@ -811,9 +1031,15 @@ int main(int argc, char ** argv) {
     }
     pq_cuda_device_props props;
     CUDA(pq_cuda_get_device_props(&props));
+    if (mode == "step") {
+        test_step(props);
+        printf("%d checks, %d failed\n", n_checks, n_failed);
+        return n_failed ? 1 : 0;
+    }
     if (mode == "test") {
         test_plan();
-        test(props);
+        test_step(props);
+        test(props, argc > 2 ? atoi(argv[2]) : 0);
         printf("%d checks, %d failed; worst NMSE %.3g\n", n_checks, n_failed, worst_nmse);
         return n_failed ? 1 : 0;
     }
@@ -821,7 +1047,7 @@ int main(int argc, char ** argv) {
         const pq_type t = parse_type(argv[4]);
         bench_setup b = make_bench(!strcmp(argv[2], "7b"), atoll(argv[3]), t, t, 1, 1, props, 2);
         for (const pq_attn_params & p : b.layers) {
-            CUDA(pq_cuda_attn(p, b.plan, b.scratch.p, 0));
+            CUDA(pq_cuda_attn(p, b.plan, b.scratch.p, b.counters.p, 0));
         }
         CUDA(cudaDeviceSynchronize());
         return 0;
@@ -857,6 +1083,6 @@ int main(int argc, char ** argv) {
         }
         return 0;
     }
-    printf("usage: pq-cuda-test [test | plan | bench [7b|8b [depth [type]]] | once 7b|8b depth type]\n");
+    printf("usage: pq-cuda-test [test [D] | step | plan | bench [7b|8b [depth [type]]] | once 7b|8b depth type]\n");
     return 2;
 }

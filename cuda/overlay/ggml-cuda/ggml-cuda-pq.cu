@@ -9,6 +9,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <vector>
 
 static pq_cuda_device_props device_props(int device) {
     const auto & d = ggml_cuda_info().devices[device];
@@ -35,6 +36,31 @@ static const char * coded_path_unsupported(const ggml_tensor * op, int device, p
     return pq_cuda_attn_unsupported(p, device_props(device));
 }
 
+// Counters of the attention kernels: zero between launches. A context launches them one after the other, in one stream. They grow to what was
+// needed most, while a graph may still hold the smaller ones: those live as long.
+static void * get_counters(const ggml_backend_cuda_context & ctx, size_t n_bytes) {
+    struct block {
+        void * data = nullptr;
+        size_t size = 0;
+    };
+    static std::mutex mutex;
+    static std::map<std::pair<const ggml_backend_cuda_context *, int>, block> blocks;
+    const std::lock_guard<std::mutex> lock(mutex);
+    block & b = blocks[{ &ctx, ctx.device }];
+    if (b.size < n_bytes) {
+        b.size = GGML_PAD(std::max<size_t>(n_bytes, 4096), 4096) * 2;
+        // not ordered with the stream: a stream that records a graph would only record them
+        CUDA_CHECK(cudaMalloc(&b.data, b.size));
+        std::vector<char> zeros(b.size, 0);
+        cudaStream_t once;
+        CUDA_CHECK(cudaStreamCreateWithFlags(&once, cudaStreamNonBlocking));
+        CUDA_CHECK(cudaMemcpyAsync(b.data, zeros.data(), b.size, cudaMemcpyHostToDevice, once));
+        CUDA_CHECK(cudaStreamSynchronize(once));
+        CUDA_CHECK(cudaStreamDestroy(once));
+    }
+    return b.data;
+}
+
 static void attn_coded(ggml_backend_cuda_context & ctx, const pq_attn_params & p) {
     for (int64_t q0 = 0; q0 < p.n_q; q0 += PQ_CUDA_ATTN_MAX_N_Q) {
         pq_attn_params part = p;
@@ -49,7 +75,7 @@ static void attn_coded(ggml_backend_cuda_context & ctx, const pq_attn_params & p
         }
         const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(part, device_props(ctx.device));
         ggml_cuda_pool_alloc<char> scratch(ctx.pool(), std::max<size_t>(plan.scratch_bytes, 1));
-        CUDA_CHECK(pq_cuda_attn(part, plan, scratch.get(), ctx.stream()));
+        CUDA_CHECK(pq_cuda_attn(part, plan, scratch.get(), get_counters(ctx, plan.counter_bytes), ctx.stream()));
     }
 }
 
@@ -264,25 +290,75 @@ bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor *
     return true;
 }
 
+// ---- a step of a few tokens in one launch: writes of K and V, and the attention that follows ----
+
+// The next node after i that computes; n_nodes: none
+static int next_node(const ggml_cgraph * cgraph, int i) {
+    for (i++; i < cgraph->n_nodes; i++) {
+        const ggml_tensor * t = cgraph->nodes[i];
+        if (!ggml_is_empty(t) && t->op != GGML_OP_NONE && t->op != GGML_OP_VIEW && t->op != GGML_OP_RESHAPE && t->op != GGML_OP_PERMUTE &&
+            t->op != GGML_OP_TRANSPOSE) {
+            break;
+        }
+    }
+    return i;
+}
+
+static bool overlap(const void * a, size_t a_bytes, const void * b, size_t b_bytes) {
+    return (const char *) a < (const char *) b + b_bytes && (const char *) b < (const char *) a + a_bytes;
+}
+
+// Whether `op` attends to the rows that K and V were written to just now, and everything can be done by one kernel.
+static bool fuse_step(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const ggml_tensor * const (&writes)[2], const pq_encode_params (&rows)[2]) {
+    pq_attn_params p;
+    const char * why;
+    if (op->op != GGML_OP_FLASH_ATTN_EXT || !(op->flags & GGML_TENSOR_FLAG_COMPUTE) || !ggml_pq_has_operand(op) || ggml_pq_attn_params(op, p) ||
+        p.n_q > PQ_CUDA_ATTN_MAX_N_Q || choose_attn_path(ctx.device, op, p, &why) != ATTN_CODED) {
+        return false;
+    }
+    for (int i = 0; i < 2; i++) {
+        const ggml_tensor * cache = op->src[1 + i];
+        if (!cache->view_src || cache->view_src != writes[i]->view_src) {
+            return false;
+        }
+        // The result is written while new rows may still be read, which the order of the nodes does not ask the allocator to allow for
+        // (llama_million_tail::write does, for a few rows).
+        for (const ggml_tensor * t : { writes[i]->src[0], writes[i]->src[1], writes[i]->src[GGML_PQ_SRC_SET_ROWS_TAIL_IDX] }) {
+            if (t && overlap(op->data, ggml_nbytes(op), t->data, ggml_nbytes(t))) {
+                return false;
+            }
+        }
+    }
+    const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(p, device_props(ctx.device));
+    if (pq_cuda_step_unsupported(p, plan, rows)) {
+        return false;
+    }
+    ggml_cuda_set_device(ctx.device);
+    wait_for_codes(ctx);
+    ggml_cuda_pool_alloc<char> scratch(ctx.pool(), std::max<size_t>(plan.scratch_bytes, 1));
+    CUDA_CHECK(pq_cuda_step(p, plan, rows, scratch.get(), get_counters(ctx, plan.counter_bytes), ctx.stream()));
+    return true;
+}
+
 int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {
     const ggml_tensor * first = cgraph->nodes[i];
     if (!writes_codes(first)) {
         return 0;
     }
-    int j = i + 1;
-    while (j < cgraph->n_nodes && (ggml_is_empty(cgraph->nodes[j]) || cgraph->nodes[j]->op == GGML_OP_NONE ||
-           cgraph->nodes[j]->op == GGML_OP_VIEW || cgraph->nodes[j]->op == GGML_OP_RESHAPE ||
-           cgraph->nodes[j]->op == GGML_OP_PERMUTE || cgraph->nodes[j]->op == GGML_OP_TRANSPOSE)) {
-        j++;
-    }
     // two caches never overlap, and no row to encode is a cache: the order of the two does not matter
+    const int j = next_node(cgraph, i);
     if (j == cgraph->n_nodes || !writes_codes(cgraph->nodes[j]) || cgraph->nodes[j]->view_src == first->view_src) {
         return 0;
     }
+    const ggml_tensor * second = cgraph->nodes[j];
     pq_encode_params p[2];
-    if (ggml_pq_encode_params(first, p[0]) || ggml_pq_encode_params(cgraph->nodes[j], p[1]) || p[0].n_rows != p[1].n_rows) {
+    if (ggml_pq_encode_params(first, p[0]) || ggml_pq_encode_params(second, p[1]) || p[0].n_rows != p[1].n_rows) {
         return 0;
     }
-    encode_step(ctx, p, more_codes_follow(cgraph, j, first) && more_codes_follow(cgraph, j, cgraph->nodes[j]));
+    const int k = next_node(cgraph, j);
+    if (k < cgraph->n_nodes && fuse_step(ctx, cgraph->nodes[k], { first, second }, p)) {
+        return k - i;
+    }
+    encode_step(ctx, p, more_codes_follow(cgraph, j, first) && more_codes_follow(cgraph, j, second));
     return j - i;
 }

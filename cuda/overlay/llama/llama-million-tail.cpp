@@ -14,6 +14,7 @@
 static constexpr uint32_t N_TAIL_DEFAULT = 128;
 static constexpr uint32_t N_TAIL_MAX     = 1 << 20;
 static constexpr int      IDXS_TAIL      = 0; // source of an index tensor that holds its tail indices
+static constexpr int64_t  N_ROWS_KEPT    = 32; // of K and V per layer that stay in memory until the end of the graph
 static constexpr uint32_t SLOT_PAD       = 64; // attention reads slots up to a multiple of this
 
 //
@@ -189,6 +190,11 @@ ggml_tensor * llama_million_tail::write(ggml_context * ctx, ggml_tensor * op, gg
         return op;
     }
     storage = ggml_reshape_2d(ctx, storage, storage->ne[0], storage->ne[1]*storage->ne[2]);
+    if (op->src[0]->ne[1] <= N_ROWS_KEPT) {
+        // a backend may write them and attend to them in one go: the result must not take their place
+        ggml_tensor * rows = op->src[0]->view_src ? op->src[0]->view_src : op->src[0];
+        ggml_set_output(rows);
+    }
     if (ggml_is_pq(op->type)) {
         return ggml_pq_set_rows_tail(op, storage, idxs);
     }

@@ -1,0 +1,1142 @@
+// Attention on codes: the kernel for D = 128 with codes on both sides, the shape of most models, for a few query rows per KV head.
+// One launch does the whole step: it writes the new rows to the exact tail and encodes them, attends to codes and tail, merges the
+// parts of the context and writes the result.
+//
+// A block has a multiprocessor to itself. It serves one KV head, up to R of its query rows and one part of the context:
+//
+//   1  builds the tables, ahead of the kernel before it: the centroids of K and V in shared memory, one row of 256 bytes per centroid
+//      index, so that a code byte becomes an address with one PRMT (byte 1 of the address is the code, byte 0 belongs to the lane);
+//   2  maps the queries (q' = T^-1 q, and q.mu) with a tensor-core product;
+//   3  some warps attend to the exact tail; all take tiles of 32 cells, each with a softmax of its own. Tiles that nobody sees are never read;
+//   4  merges its warps. The last block of a row group to come here merges the parts (nobody waits for anybody);
+//   5  helps to encode the new rows: units of work in a queue that every block without other work takes from. No step reads the codes
+//      that it writes (the rows are in the tail), so it does not matter when they are made.
+//
+// In what follows g = lane / 4 and t = lane % 4, as the tensor-core products place their operands (pq-cuda-common.cuh).
+//
+//   K   Lane (g, t) looks up quarter t of cell g of a group of 8: 16 half2. Products sum over t, so C has whole scores. All 8 cells want
+//       the same subspace at the same time, though, and it lies in one bank: so cell g takes half2 i ^ x at step i, where x ("turn") depends
+//       on g. The product undoes that: for each turn it has rows or columns of its own, holding the query in that turn's order, and
+//       of its results those are kept whose turn is the cell's. With R rows there is room for 16 / R turns (8 for one
+//       row); what is left of the turn is undone by swapping registers. The cost hardly depends on R.
+//   V   16 lanes share a cell, two cells side by side; a lane owns 8 elements (four half2). One row: B is a diagonal matrix of
+//       weights, so a product is four multiply-adds per lane, from halves into floats. More rows: the half2 of two cells are
+//       re-packed by element, and B has the weights of two rows for those lanes' cells.
+//
+// Both ways lookups read 32 different banks. Per cell, head and side that is 2 wavefronts of shared memory for 64 lookups.
+#pragma once
+
+#include "pq-attn-kernel.cuh" // rows, masks, tables, the V side of a lane
+#include "pq-encode-few-kernel.cuh"
+
+namespace pq_attn {
+
+constexpr int TILE_128  = 32; // cells of a tile
+constexpr int GROUP_128 = 8;  // cells of a group
+constexpr int Q_STRIDE  = 136; // halves between the mapped queries of rows: neighbours lie in other banks
+constexpr int TAIL_STEP = 8;  // tail slots that a warp takes at a time: the columns of one product
+
+// Registers bound the threads of a block: rows cost registers.
+__host__ __device__ constexpr int n_threads_128(int R) {
+    return R == 8 ? 384 : 512;
+}
+
+struct args_128 : args {
+    int32_t    n_attn_blocks; // the others only encode
+    int32_t    n_tail_warps;
+    int32_t    early_tables;  // build the tables before the kernel ahead has ended: they will be needed
+    uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups], then units taken, then blocks done; 0 before and after a launch
+    int32_t    n_counters;    // of arrivals
+    // The rows of this step, not yet written. n_new 0: they are.
+    int32_t    n_new;
+    int32_t    n_units;          // of encoding: strips of heads of both sides, 8 rows at a time
+    int64_t    slot_base;        // where the slots of `p.tail` begin among those that tail_idx counts
+    int64_t    slots_per_stream;
+    pq_encode_sides new_rows;
+    uint32_t smem_codes, smem_weights, smem_sums; // byte offsets, with those of args
+};
+
+// Words of codes that a lane loads of a cell's K.
+template <int TYPE> struct k_words { enum { N = TYPE == PQ_TYPE_PQ4 ? 4 : TYPE == PQ_TYPE_PQ3 ? 3 : 2 }; };
+
+// Bits of the turn (of a half2 index) that R rows leave to register swaps.
+template <int TYPE, int R> struct k_swaps {
+    enum { BITS = (R == 1 ? 0 : R == 4 ? 1 : 3) & (TYPE == PQ_TYPE_PQ2 ? 2 : 7) }; // pq2: a lookup gives two half2, their order is fixed
+};
+
+struct k_lane {
+    uint32_t low[4];      // 8 bits: address bytes that are the lane's, as PRMT takes them. 6 bits: the lane's part of 4 addresses
+    uint32_t pick[4];     // 8 bits: PRMT selectors. 6 bits: shifts
+    int32_t  turn;        // of half2 indexes
+};
+
+template <int TYPE>
+PQ_DEVICE void init_k_lane(k_lane & s, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    if constexpr (TYPE == PQ_TYPE_PQ2) {
+        s.turn = 2 * (g % 4); // 8-byte lookups: each half of a warp has 16 pairs of banks
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            s.pick[i] = pq_keep(0x7600 | (i ^ g % 4) << 4 | (4 + i % 2), lane);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            s.low[i] = pq_keep((32 * t + 8 * (2 * i ^ g % 4)) | (32 * t + 8 * ((2 * i + 1) ^ g % 4)) << 8, lane);
+        }
+    } else {
+        s.turn = g;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            s.pick[i] = pq_keep(TYPE == PQ_TYPE_PQ4 ? 0x7600 | (i ^ g % 4) << 4 | (4 + i % 2) : 6 * (i ^ g % 4), lane);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            s.low[i] = pq_keep(TYPE == PQ_TYPE_PQ4 ? (32 * t + 4 * (2 * i ^ g)) | (32 * t + 4 * ((2 * i + 1) ^ g)) << 8 : 32 * t + 4 * (i ^ g), lane);
+        }
+    }
+}
+
+// The words of a cell come from the warp's tile in shared memory, [32][head bytes]: where, and the words of a group.
+template <int TYPE>
+PQ_DEVICE uint32_t k_place(int lane) {
+    return (4 * k_words<TYPE>::N) * (4 * (lane / 4) + lane % 4);
+}
+
+template <int TYPE>
+PQ_DEVICE void read_k_words(uint32_t (&w)[k_words<TYPE>::N], uint32_t at) {
+    if constexpr (TYPE == PQ_TYPE_PQ4) {
+        const uint4 v = pq_shared_u128(at);
+        w[0] = v.x;
+        w[1] = v.y;
+        w[2] = v.z;
+        w[3] = v.w;
+    } else if constexpr (TYPE == PQ_TYPE_PQ3) {
+        w[0] = pq_shared_u32(at);
+        w[1] = pq_shared_u32(at + 4);
+        w[2] = pq_shared_u32(at + 8);
+    } else {
+        const uint2 v = pq_shared_u64(at);
+        w[0] = v.x;
+        w[1] = v.y;
+    }
+}
+
+template <int TYPE>
+PQ_DEVICE void v_place(int lane, uint32_t * at, uint32_t * next) {
+    int cell, l;
+    lane_place<16, true>(lane, &cell, &l);
+    *at   = cell * (16 * k_words<TYPE>::N) + (TYPE == PQ_TYPE_PQ4 ? 4 * l : TYPE == PQ_TYPE_PQ3 ? 3 * l / 4 * 4 : 2 * l);
+    *next = l % 4 == 1 || l % 4 == 2 ? 4 : 0; // pq3: 24 bits that go on in the next word
+}
+
+template <int TYPE>
+PQ_DEVICE uint32_t read_v_word(uint32_t at, uint32_t next, const lane_side & vl) {
+    if constexpr (TYPE == PQ_TYPE_PQ3) {
+        return join_words(pq_shared_u32(at), pq_shared_u32(at + next), vl);
+    } else {
+        return TYPE == PQ_TYPE_PQ4 ? pq_shared_u32(at) : pq_shared_u16(at);
+    }
+}
+
+PQ_DEVICE void swap_if(bool yes, uint32_t & a, uint32_t & b) {
+    const uint32_t x = yes ? b : a;
+    b = yes ? a : b;
+    a = x;
+}
+
+// The lane's 16 half2 of one cell, half2 i ^ turn at i. The row of the table: first the first halves of the four quarters (BY_QUARTERS).
+template <int TYPE>
+PQ_DEVICE void lookup_k(uint32_t (&y)[16], const uint32_t (&w)[k_words<TYPE>::N], const k_lane & s) {
+    if constexpr (TYPE == PQ_TYPE_PQ2) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint32_t at = __byte_perm(w[i / 4], s.low[i % 4 / 2], s.pick[i % 4]);
+            const uint2    v  = i < 4 ? pq_load_shared_u64<0>(at) : pq_load_shared_u64<128>(at);
+            y[2 * i]     = v.x;
+            y[2 * i + 1] = v.y;
+        }
+    } else {
+        // code i ^ turn: bit 2 of the turn swaps words, the others choose within a word
+        uint32_t x[4];
+        if constexpr (TYPE == PQ_TYPE_PQ4) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                x[i] = w[i];
+            }
+        } else { // four codes of 24 bits each at bits 8..31
+            x[0] = w[0] << 8;
+            x[1] = __funnelshift_r(w[0], w[1], 16);
+            x[2] = __funnelshift_r(w[1], w[2], 8);
+            x[3] = w[2];
+        }
+        swap_if(s.turn & 4, x[0], x[1]);
+        swap_if(s.turn & 4, x[2], x[3]);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const uint32_t at = TYPE == PQ_TYPE_PQ4 ? __byte_perm(x[i / 4], s.low[i % 8 / 2], s.pick[i % 4])
+                                                    : ((x[i / 4] >> s.pick[i % 4] & 0x3f00) | s.low[i % 4]) ^ i % 8 / 4 * 16;
+            y[i] = i < 8 ? pq_load_shared_u32<0>(at) : pq_load_shared_u32<128>(at);
+        }
+    }
+}
+
+// How R rows and the turns share the 16 rows of A (R = 4, 8).
+template <int TYPE, int R>
+PQ_DEVICE void query_place(int m /* row of A */, int * row, int * turn) {
+    *row = m % R;
+    if constexpr (R == 8) {
+        *turn = m / 8 * 4;
+    } else if constexpr (TYPE == PQ_TYPE_PQ2) { // bit 1 of the turn follows the even or odd cell, see take_scores()
+        *turn = m / 8 * 2 + m / 4 % 2 * 4;
+    } else {
+        *turn = m / 4 % 2 * 2 + m / 8 * 4;
+    }
+}
+
+// Which row and which cells of a tile a lane does the softmax of.
+template <int R> struct softmax_lane {
+    enum { N = R }; // cells
+
+    static __device__ __forceinline__ int row(int lane) {
+        return R == 1 ? 0 : R == 4 ? lane / 4 % 4 : lane / 4;
+    }
+    static __device__ __forceinline__ bool first(int lane) { // R = 4: of the two lanes with the same g % 4 and t, the one with cells 0..15
+        return lane / 16 == lane % 2;
+    }
+    // R = 4 and 8: cells come in pairs, i even
+    static __device__ __forceinline__ int cell(int lane, int i) {
+        return R == 1 ? 8 * (lane % 4) + lane / 4 : R == 4 ? 8 * ((first(lane) ? 0 : 2) + i / 2) + 2 * (lane % 4) + i % 2 : 8 * (i / 2) + 2 * (lane % 4) + i % 2;
+    }
+};
+
+// Scores of a tile: s[i] of cell softmax_lane::cell(lane, i). words(i, w): the lane's words of group i. q: R = 1: the lane's part of B, 16;
+// otherwise of A, 32.
+template <int TYPE, int R, int N_Q, class WORDS>
+PQ_DEVICE void scores_128(float (&s)[softmax_lane<R>::N], WORDS words, const k_lane & kl, const uint32_t (&q)[N_Q], int lane) {
+    const int g = lane / 4, t = lane % 4;
+    if constexpr (R == 1) {
+        // A: two groups of cells. C [cell][turn]: of row g, column g is wanted
+        float v[4];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            uint32_t y[2][16];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                uint32_t w[k_words<TYPE>::N];
+                words(2 * h + i, w);
+                lookup_k<TYPE>(y[i], w, kl);
+            }
+            float c[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+#pragma unroll
+            for (int i = 0; i < 16; i += 2) {
+                pq_mma_m16n8k16(c, y[0][i], y[1][i], y[0][i + 1], y[1][i + 1], q[i], q[i + 1]);
+            }
+            v[2 * h]     = g % 2 ? c[1] : c[0];
+            v[2 * h + 1] = g % 2 ? c[3] : c[2];
+        }
+        const int owner = g * 4 + g / 2;
+        float x[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            x[i] = __shfl_sync(PQ_FULL_WARP, v[i], owner);
+        }
+        s[0] = t < 2 ? (t == 0 ? x[0] : x[1]) : (t == 2 ? x[2] : x[3]);
+    } else {
+        // B: a group of cells. C [row and turn][cell]. Two groups at a time: the loop over tiles must fit the first instruction cache (12 KB).
+#pragma unroll 1
+        for (int part = 0; part < 2; part++) {
+            float v[2][2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint32_t y[16], w[k_words<TYPE>::N];
+                words(2 * part + h, w);
+                lookup_k<TYPE>(y, w, kl);
+                if constexpr (k_swaps<TYPE, R>::BITS & 1) {
+#pragma unroll
+                    for (int i = 0; i < 16; i += 2) {
+                        swap_if(kl.turn & 1, y[i], y[i + 1]);
+                    }
+                }
+                if constexpr (k_swaps<TYPE, R>::BITS & 2) {
+#pragma unroll
+                    for (int i = 0; i < 16; i += 4) {
+                        swap_if(kl.turn & 2, y[i],     y[i + 2]);
+                        swap_if(kl.turn & 2, y[i + 1], y[i + 3]);
+                    }
+                }
+                float c[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    pq_mma_m16n8k16(c, q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3], y[2 * i], y[2 * i + 1]);
+                }
+                // the turn of cells 2t and 2t + 1 chooses rows g or g + 8 of C (query_place)
+                if constexpr (R == 4 && TYPE == PQ_TYPE_PQ2) {
+                    v[h][0] = c[0];
+                    v[h][1] = c[3];
+                } else {
+                    const bool upper = R == 8 && TYPE == PQ_TYPE_PQ2 ? t % 2 : t / 2;
+                    v[h][0] = upper ? c[2] : c[0];
+                    v[h][1] = upper ? c[3] : c[1];
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float x = v[i / 2][i % 2];
+                if constexpr (R == 8) {
+                    s[i]     = part == 0 ? x : s[i];
+                    s[4 + i] = x; // of the second part in the end
+                } else { // half of the lanes have scores: they hand two groups to the others
+                    const float other = __shfl_xor_sync(PQ_FULL_WARP, x, 16);
+                    const bool  first = softmax_lane<R>::first(lane);
+                    s[i] = part == 0 ? x : first ? s[i] : other;
+                }
+            }
+        }
+    }
+}
+
+// The weights of a tile on their way from the softmax's lanes to those of B, R > 1: half2 {cell c, cell c + 16} at
+// [c / 4][c % 2][row][c / 2 % 2] of a warp's own weights.
+template <int R>
+PQ_DEVICE void put_weights(uint32_t weights /* shared address */, const float (&p)[R], int lane) {
+    const int t = lane % 4, row = softmax_lane<R>::row(lane);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        // cell c = 8 * (i / 2) + 2t + i % 2, below 16
+        const uint32_t word = weights + 4 * (((2 * (i / 2) * 2 + t / 2 * 2 + i % 2) * R + row) * 2 + t % 2);
+        if constexpr (R == 8) {
+            pq_store_shared_u32(word, pq_as_u32(__floats2half2_rn(p[i], p[i + 4])));
+        } else {
+            pq_store_shared_u16(word + (softmax_lane<R>::first(lane) ? 0 : 2), __half_as_ushort(__float2half_rn(p[i])));
+        }
+    }
+}
+
+// o += weights * y. word(j): the lane's word of slot j, asked for in the order j, j + 8, j + 1, j + 9, ... R = 1: o[dims 0..3 or 4..7 of the lane]; otherwise o[two rows][half2], {element, row} of {0, 0}, {0, 1}, {1, 0}, {1, 1}.
+template <int TYPE, uint32_t TABLE, int R, int N_O, class WORD>
+PQ_DEVICE void values_128(float (&o)[N_O][4], WORD word, const lane_side & vl, uint32_t p, uint32_t weights /* shared address */, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    if constexpr (R == 1) {
+        const uint32_t pick_lo = g == 2 * t ? 0x4410 : g == 2 * t + 1 ? 0x1044 : 0x4444;
+        const uint32_t pick_hi = g == 2 * t ? 0x4432 : g == 2 * t + 1 ? 0x3244 : 0x4444;
+        const int      owner   = t / 2 * 4;
+#pragma unroll
+        for (int j = 0; j < N_SLOT / 2; j++) {
+            uint32_t y[2][4];
+            lookup<TYPE, TABLE, true>(y[0], word(j),     vl);
+            lookup<TYPE, TABLE, true>(y[1], word(j + 8), vl);
+            const uint32_t pj = __shfl_sync(PQ_FULL_WARP, p, pq_opaque(owner) + 4 * (2 * j % 8) + j / 4); // cell 2j + t / 2
+            const uint32_t b0 = __byte_perm(pj, 0, pick_lo);
+            const uint32_t b1 = __byte_perm(pj, 0, pick_hi);
+            pq_mma_m16n8k16(o[0], y[0][0], y[0][1], y[1][0], y[1][1], b0, b1);
+            pq_mma_m16n8k16(o[1], y[0][2], y[0][3], y[1][2], y[1][3], b0, b1);
+        }
+    } else {
+#pragma unroll 2
+        for (int j = 0; j < N_SLOT / 2; j += 2) {
+            uint32_t y[4][4];
+            lookup<TYPE, TABLE, true>(y[0], word(j),     vl);
+            lookup<TYPE, TABLE, true>(y[1], word(j + 8), vl);
+            lookup<TYPE, TABLE, true>(y[2], word(j + 1), vl);
+            lookup<TYPE, TABLE, true>(y[3], word(j + 9), vl);
+            uint2 b[R / 2];
+#pragma unroll
+            for (int r = 0; r < R / 2; r++) {
+                b[r] = pq_shared_u64(weights + 8 * (j * R + 2 * r));
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t a0 = __byte_perm(y[0][i], y[1][i], 0x5410), a1 = __byte_perm(y[0][i], y[1][i], 0x7632);
+                const uint32_t a2 = __byte_perm(y[2][i], y[3][i], 0x5410), a3 = __byte_perm(y[2][i], y[3][i], 0x7632);
+#pragma unroll
+                for (int r = 0; r < R / 2; r++) {
+                    pq_mma_m16n8k16(o[4 * r + i], a0, a1, a2, a3, b[r].x, b[r].y);
+                }
+            }
+        }
+    }
+}
+
+// ---- products of rows with the queries ----
+
+// Queries of up to 8 rows, scaled, as A of a product: rows 0..7 are halves, rows 8..15 what rounding took off, so that sums are those of floats.
+// The k of the matrices are put to use in the order of memory: half2 j of the lane at step i are elements 32 i + 8 t + 2 j, 2 j + 1.
+struct query_rows {
+    uint32_t hi[16], lo[16]; // [4 i + j]
+};
+
+PQ_DEVICE void split_half2(uint32_t & hi, uint32_t & lo, float x, float y) {
+    const __half2 h = __floats2half2_rn(x, y);
+    const float2  f = __half22float2(h);
+    hi = pq_as_u32(h);
+    lo = pq_as_u32(__floats2half2_rn(x - f.x, y - f.y));
+}
+
+// The lane's part of a row of floats on its way: pieces 8 i + 2 t + j.
+struct query_loads {
+    uint4 x[8];
+
+    __device__ __forceinline__ void load(const uint8_t * row /* f32 [128]; NULL: zeros */, int t) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            // not through __ldg, which the compiler may move ahead of the wait for the kernel that makes the queries
+            x[i] = row ? pq_load_row_u128(row + 16 * (i / 2 * 8 + 2 * t + i % 2)) : make_uint4(0, 0, 0, 0);
+        }
+    }
+    __device__ __forceinline__ void split(query_rows & q, float scale) const {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            split_half2(q.hi[2 * i],     q.lo[2 * i],     __uint_as_float(x[i].x) * scale, __uint_as_float(x[i].y) * scale);
+            split_half2(q.hi[2 * i + 1], q.lo[2 * i + 1], __uint_as_float(x[i].z) * scale, __uint_as_float(x[i].w) * scale);
+        }
+    }
+};
+
+// Products of the queries with 8 rows of halves: x, y are those of query g with rows 2t and 2t + 1. b: pieces 4 i + t of row g.
+PQ_DEVICE void dot_rows(float & x, float & y, const query_rows & q, const uint4 (&b)[4]) {
+    float c[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++) { // two chains: a product waits for the one before it
+        pq_mma_m16n8k16(c[0], q.hi[4 * i],     q.lo[4 * i],     q.hi[4 * i + 1], q.lo[4 * i + 1], b[i].x, b[i].y);
+        pq_mma_m16n8k16(c[1], q.hi[4 * i + 2], q.lo[4 * i + 2], q.hi[4 * i + 3], q.lo[4 * i + 3], b[i].z, b[i].w);
+    }
+    x = c[0][0] + c[0][2] + (c[1][0] + c[1][2]);
+    y = c[0][1] + c[0][3] + (c[1][1] + c[1][3]);
+}
+
+PQ_DEVICE void load_T_inv(uint4 (&b)[4], const side_args & k, const uint8_t * block, int j, int lane) {
+    const uint4 * row = (const uint4 *) (block + k.T_inv + (j + lane / 4) * 256) + lane % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        b[i] = __ldg(row + 4 * i);
+    }
+}
+
+// q' of the rows to q_map, half [R][Q_STRIDE], and q.mu to the rows. All warps of the block call it.
+template <int R, int NW>
+PQ_DEVICE void map_queries_128(__half * q_map, row_info * rows, const query_rows & q, const side_args & k, const uint8_t * block, uint4 (&b)[4] /* of the warp's first 8 rows */,
+                               int warp, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    if (k.T_inv != 0) {
+        for (int j = 8 * warp; j < 128; j += 8 * NW) {
+            if (j != 8 * warp) {
+                load_T_inv(b, k, block, j, lane);
+            }
+            float x, y;
+            dot_rows(x, y, q, b);
+            if (g < R) {
+                *(__half2 *) (q_map + g * Q_STRIDE + j + 2 * t) = __floats2half2_rn(x, y);
+            }
+        }
+    } else if (warp == 0 && g < R) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            *(uint4 *) (q_map + g * Q_STRIDE + 32 * i + 8 * t) = make_uint4(q.hi[4 * i], q.hi[4 * i + 1], q.hi[4 * i + 2], q.hi[4 * i + 3]);
+        }
+    }
+    if (warp == NW - 1) {
+        const float2 * mu = (const float2 *) (block + k.mu);
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const float2 m = __ldg(mu + 16 * (i / 4) + 4 * t + i % 4);
+            const float2 h = pq_half2_to_float2(q.hi[i]), l = pq_half2_to_float2(q.lo[i]);
+            sum = fmaf(h.x + l.x, m.x, fmaf(h.y + l.y, m.y, sum));
+        }
+        sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 1);
+        sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 2);
+        if (t == 0 && g < R) {
+            rows[g].q_mu = sum;
+        }
+    }
+}
+
+// ---- the exact tail ----
+
+// Row i of the new ones, K and V in turns, on its way to the tail as f16. Blocks of the same slots write the same.
+struct new_row {
+    int64_t slot;
+    float4  x;
+
+    __device__ __forceinline__ void load(const args_128 & a, int i, int head_kv, int lane) {
+        if (i < 2 * a.n_new) {
+            const pq_encode_params & p = a.new_rows.side[i & 1].p;
+            slot = p.tail_idx[i / 2];
+            x    = *((const float4 *) ((const uint8_t *) p.x + i / 2 * p.x_row_stride + head_kv * p.x_head_stride) + lane);
+        }
+    }
+    __device__ __forceinline__ void store(const args_128 & a, int i, int stream, int head_kv, int64_t slot0, int64_t n_slots, int lane) const {
+        if (i < 2 * a.n_new) {
+            const int64_t here = slot - a.slot_base - stream * a.slots_per_stream - slot0;
+            if (here >= 0 && here < n_slots) {
+                const pq_encode_params & p = a.new_rows.side[i & 1].p;
+                union { __half2 h[2]; uint2 u; } y;
+                y.h[0] = __floats2half2_rn(x.x, x.y);
+                y.h[1] = __floats2half2_rn(x.z, x.w);
+                *((uint2 *) (p.tail + slot * p.tail_row_stride + head_kv * 256) + lane) = y.u;
+            }
+        }
+    }
+};
+
+// Attention of R rows over a warp's share of the slots from slot0 on, in floats. Leaves the weighted sums in o [R][128], and m and the sum
+// of weights in ml [R].
+template <int R>
+PQ_DEVICE void attend_tail_128(float * o, float2 * ml, const args_128 & a, const row_info * rows, const query_rows & q, int stream, int head_kv, int64_t slot0,
+                               int n_slots, int warp, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    const pq_attn_tail & tail = a.p.tail;
+    const uint8_t  * k    = tail.k + stream * tail.k_stream_stride + head_kv * tail.k_head_stride + slot0 * tail.k_row_stride + 16 * t;
+    const uint8_t  * v    = tail.v + stream * tail.v_stream_stride + head_kv * tail.v_head_stride + slot0 * tail.v_row_stride + 8 * lane;
+    const uint16_t * mask = (const uint16_t *) rows[min(g, R - 1)].tail_mask + slot0;
+    const float     slope = rows[min(g, R - 1)].slope;
+    float acc[R][4] = {}, m = -CUDART_INF_F, sum = 0.0f;
+    for (int s0 = TAIL_STEP * warp; s0 < n_slots; s0 += TAIL_STEP * a.n_tail_warps) {
+        const uint8_t * k_row = k + min(s0 + g, n_slots - 1) * tail.k_row_stride;
+        const uint4 b[4] = { pq_load_row_u128(k_row), pq_load_row_u128(k_row + 64), pq_load_row_u128(k_row + 128), pq_load_row_u128(k_row + 192) };
+        uint2 y[TAIL_STEP];
+#pragma unroll
+        for (int i = 0; i < TAIL_STEP; i++) {
+            y[i] = pq_load_row_u64(v + min(s0 + i, n_slots - 1) * tail.v_row_stride);
+        }
+        uint32_t bias[2], seen[2]; // of slots 2t and 2t + 1
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            bias[i] = g < R && s0 + 2 * t + i < n_slots ? pq_load_u16(mask + s0 + 2 * t + i) : 0xfc00;
+            seen[i] = __ballot_sync(PQ_FULL_WARP, bias[i] != 0xfc00);
+        }
+        if ((seen[0] | seen[1]) == 0) {
+            continue;
+        }
+        float s[2];
+        dot_rows(s[0], s[1], q, b);
+        float m_new = m;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (a.p.logit_softcap != 0.0f) {
+                s[i] = a.cap_log2e * tanhf(s[i] * a.cap_inv);
+            }
+            s[i]  = bias[i] == 0xfc00 ? -CUDART_INF_F : fmaf(slope, __half2float(__ushort_as_half((unsigned short) bias[i])), s[i]);
+            m_new = fmaxf(m_new, s[i]);
+        }
+        m_new = fmaxf(m_new, __shfl_xor_sync(PQ_FULL_WARP, m_new, 1));
+        m_new = fmaxf(m_new, __shfl_xor_sync(PQ_FULL_WARP, m_new, 2));
+        const float ref = m_new == -CUDART_INF_F ? 0.0f : m_new;
+        const float f   = pq_exp2(m - ref);
+        m    = m_new;
+        s[0] = pq_exp2(s[0] - ref);
+        s[1] = pq_exp2(s[1] - ref);
+        sum  = fmaf(sum, f, s[0] + s[1]);
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            const float fr = __shfl_sync(PQ_FULL_WARP, f, 4 * r);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                acc[r][e] *= fr;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < TAIL_STEP; i++) {
+            // a slot that nobody sees may hold NaN
+            const bool   any = seen[i % 2] & (0x11111111u << (i / 2));
+            const float2 y0 = pq_half2_to_float2(any ? y[i].x : 0), y1 = pq_half2_to_float2(any ? y[i].y : 0);
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                const float p = __shfl_sync(PQ_FULL_WARP, s[i % 2], 4 * r + i / 2);
+                acc[r][0] = fmaf(p, y0.x, acc[r][0]);
+                acc[r][1] = fmaf(p, y0.y, acc[r][1]);
+                acc[r][2] = fmaf(p, y1.x, acc[r][2]);
+                acc[r][3] = fmaf(p, y1.y, acc[r][3]);
+            }
+        }
+    }
+    sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 1);
+    sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 2);
+    if (t == 0 && g < R) {
+        ml[g] = make_float2(m, sum);
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        *(float4 *) (o + r * 128 + 4 * lane) = make_float4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+    }
+}
+
+// ---- codes ----
+
+// Codes of one side on their way to a warp's tile in shared memory, [32][head bytes].
+template <int N /* 16-byte pieces of a cell */>
+struct tile_source {
+    const uint8_t * lane_codes; // of the part's first cell, at the lane's first piece
+    uint32_t        lane_dst;
+
+    __device__ __forceinline__ tile_source(const uint8_t * codes, uint32_t row_stride, uint32_t tile, int lane)
+        : lane_codes(codes + lane / N * row_stride + 16 * (lane % N)), lane_dst(tile + 16 * lane) {}
+
+    // Asks for tile i, of which n cells exist.
+    __device__ __forceinline__ void copy(int i, uint32_t row_stride, int n, int lane) const {
+        const uint8_t * src = lane_codes + (int64_t) i * (TILE_128 * (uint64_t) row_stride);
+        if (N != 3 && n == TILE_128) {
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+                pq_copy_async(lane_dst + 512 * j, src + (uint64_t) (j * (PQ_WARP / N)) * row_stride);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+                const int piece = j * PQ_WARP + lane;
+                const int down  = min(piece / N, n - 1) - lane / N, right = piece % N - lane % N;
+                pq_copy_async(lane_dst + 512 * j, src + (int64_t) down * row_stride + 16 * right);
+            }
+        }
+    }
+};
+
+// Whether any row of the block sees one of the n cells from `cell` on.
+template <int R>
+PQ_DEVICE bool cells_seen(const args_128 & a, const row_info * rows, int64_t cell, int n) {
+    const uint8_t * before = nullptr;
+#pragma unroll 1
+    for (int r = 0; r < R; r++) {
+        const uint8_t * mask = rows[r].mask;
+        if (mask == nullptr || (mask != before && cells_live(mask, cell, n, a.mask_by_16))) {
+            return true;
+        }
+        before = mask;
+    }
+    return false;
+}
+
+// ---- encoding ----
+
+// One function per type, called and not inlined: the registers of the attention loop are counted.
+template <int TYPE>
+__device__ __noinline__ void encode_unit(const pq_encode_side & side, int head, int col0, int64_t row0, pq_encode_few_smem & s) {
+    pq_encode_few<TYPE, true>(side, head, col0, row0, s);
+}
+
+// Takes units until there are none; `unit` is the first (negative: one from the queue). Units below n_given are not in the queue.
+template <int KT, int VT, int NT>
+PQ_DEVICE void encode_units(const args_128 & a, uint8_t * smem, int unit, int n_given) {
+    constexpr int N_STRIP = 128 / PQ_ENCODE_STRIP;
+    const int group = threadIdx.x / PQ_ENCODE_THREADS;
+    if (group >= NT / PQ_ENCODE_THREADS) {
+        return;
+    }
+    pq_encode_few_smem & s = ((pq_encode_few_smem *) smem)[group];
+    for (;;) {
+        if (unit < 0) {
+            if (pq_encode_thread<true>() == 0) {
+                s.unit = n_given + (int) atomicAdd(a.counters + a.n_counters, 1u);
+            }
+            pq_encode_sync<true>();
+            unit = s.unit;
+        }
+        if (unit >= a.n_units) {
+            break;
+        }
+        const int     col0 = unit % N_STRIP * PQ_ENCODE_STRIP;
+        const int     head = unit / N_STRIP % (2 * a.p.n_head_kv);
+        const int64_t row0 = (int64_t) (unit / N_STRIP / (2 * a.p.n_head_kv)) * PQ_ENCODE_FEW_ROWS;
+        if (head < a.p.n_head_kv) {
+            encode_unit<KT>(a.new_rows.side[0], head, col0, row0, s);
+        } else {
+            encode_unit<VT>(a.new_rows.side[1], head - a.p.n_head_kv, col0, row0, s);
+        }
+        unit = -1;
+        pq_encode_sync<true>();
+    }
+}
+
+// The last block to be done leaves the counters as it found them.
+PQ_DEVICE void reset_counters(const args_128 & a) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        uint32_t * units = a.counters + a.n_counters, * done = units + 1;
+        if (atomicAdd(done, 1u) == gridDim.x - 1) {
+            *units = 0;
+            *done  = 0;
+        }
+    }
+}
+
+// ---- the kernel ----
+
+template <int KT /* type of K */, int VT /* of V */, int R /* rows */>
+__global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __grid_constant__ args_128 a) {
+    static_assert(KT >= 0 && KT < PQ_TYPE_COUNT && VT >= 0 && VT < PQ_TYPE_COUNT, "both sides hold codes");
+    constexpr int NT  = n_threads_128(R);
+    constexpr int NW  = NT / PQ_WARP;
+    constexpr int L   = 16;
+    constexpr int D   = 128;
+    constexpr int N_Q = R == 1 ? 16 : 32;
+    constexpr int N_O = R == 1 ? 2 : 2 * R;
+    constexpr int N_S = softmax_lane<R>::N;
+    constexpr int N_GROUP_ENCODE = NT / PQ_ENCODE_THREADS;
+    constexpr uint32_t V_TABLE = table_bytes(KT, L);
+    constexpr uint32_t K_BYTES = TILE_128 * 16 * k_words<KT>::N, V_BYTES = TILE_128 * 16 * k_words<VT>::N;
+
+    extern __shared__ __align__(16) uint8_t smem[];
+    row_info * rows    = (row_info *) (smem + a.smem_rows);
+    __half   * q_map   = (__half *)   (smem + a.smem_qt);       // [R][Q_STRIDE]
+    float2   * ml      = (float2 *)   (smem + a.smem_merge_ml); // {m, sum of weights} [NW][R]
+    float2   * tail_ml = ml + NW * R;                           // the same of the tail [n_tail_warps][R]
+    float    * head    = (float *) (tail_ml + NW * R);          // [R][4]: m, weight of the coded part, weight of the tail; then a flag
+    float    * sums    = (float *)    (smem + a.smem_sums);     // [2][R][128]: coded, tail
+    float    * tail_o  = (float *)    (smem + a.smem_tail);     // [n_tail_warps][R][128]
+
+    const int tid = threadIdx.x, lane = tid % PQ_WARP;
+    const int warp = __shfl_sync(PQ_FULL_WARP, tid / PQ_WARP, 0); // so that the compiler knows it to be the same in all lanes
+    const int g = lane / 4, t = lane % 4;
+    const int n_encode_blocks = gridDim.x - a.n_attn_blocks;
+    const int n_given = n_encode_blocks * N_GROUP_ENCODE; // units that blocks without attention begin with
+
+    if ((uint32_t) __cvta_generic_to_shared(smem) != PQ_SHARED_BASE) {
+        __trap(); // see PQ_SHARED_BASE
+    }
+    if ((int) blockIdx.x >= a.n_attn_blocks) {
+        encode_units<KT, VT, NT>(a, smem, (blockIdx.x - a.n_attn_blocks) * N_GROUP_ENCODE + tid / PQ_ENCODE_THREADS, n_given);
+        pq_pdl_wait(); // the counters may still be those of a kernel before this one
+        reset_counters(a);
+        return;
+    }
+    int b = blockIdx.x; // heads of one part of the context side by side: together they read whole rows of the cache
+    const int row_group = b % a.n_row_groups; b /= a.n_row_groups;
+    const int head_kv   = b % a.p.n_head_kv;  b /= a.p.n_head_kv;
+    const int split     = b % a.n_split;      b /= a.n_split;
+    const int stream    = b;
+    const int row0      = row_group * R;
+    const int64_t kv0     = min(split * a.cells_per_split, a.p.n_kv);
+    const int     n_cell  = (int) (min(kv0 + a.cells_per_split, a.p.n_kv) - kv0);
+    const int     n_tile  = (n_cell + TILE_128 - 1) / TILE_128;
+    const int64_t slot0   = min(split * a.slots_per_split, a.p.tail.n);
+    const int     n_slots = (int) (min(slot0 + a.slots_per_split, a.p.tail.n) - slot0);
+    const bool    has_tail = a.p.tail.n > 0;
+    const uint8_t * k_block = a.p.k.codebook + head_kv * a.k.head_bytes;
+    const uint8_t * v_block = a.p.v.codebook + head_kv * a.v.head_bytes;
+
+    auto build = [&]() {
+        build_table<KT, L, BY_QUARTERS>(smem, k_block + a.k.centroids, D, tid, NT);
+        build_table<VT, L, IN_ORDER>(smem + V_TABLE, v_block + a.v.centroids, D, tid, NT);
+    };
+    if (tid < R) {
+        rows[tid] = get_row(a, stream, head_kv, row0 + tid);
+    }
+    uint4 t_inv[4] = {};
+    if (a.early_tables) {
+        build();
+        if (a.k.T_inv) {
+            load_T_inv(t_inv, a.k, k_block, 8 * warp, lane);
+        }
+        if (a.v.T_inv && tid < D * D * 2 / 128 && split == 0) { // for the block that writes the result
+            pq_prefetch_l2(v_block + a.v.T_inv + tid * 128);
+        }
+    }
+    if (R > 1) { // weights of a tile per warp, then as many zeros for the lanes of B that are off its diagonal
+        uint32_t * weights = (uint32_t *) (smem + a.smem_weights);
+        for (int i = tid; i < 16 * R + 4; i += NT) {
+            weights[NW * 16 * R + i] = 0;
+        }
+    }
+    __syncthreads(); // the rows
+    pq_pdl_wait();
+
+    // Everything that the block begins with is asked for before any of it is waited for.
+    query_loads ql;
+    ql.load(g < R && row0 + g < a.n_rows ? rows[g < R ? g : 0].q : nullptr, t);
+    new_row new_row_0;
+    new_row_0.load(a, warp, head_kv, lane);
+
+    // The warp's tiles are first, first + NW, ... Warps that attend to the tail come last in every round.
+    const int nw_tail = n_slots > 0 ? min(a.n_tail_warps, (n_slots + TAIL_STEP - 1) / TAIL_STEP) : 0;
+    const int first   = warp < nw_tail ? NW - nw_tail + warp : warp - nw_tail;
+    auto cells_of = [&](int tile) { return min(TILE_128, n_cell - tile * TILE_128); };
+    uint32_t live = 0;         // of the 32 tiles of the warp from round `round` on, those not yet taken that somebody sees
+    int      round = -PQ_WARP;
+    auto next_tile = [&]() {
+        while (live == 0) {
+            round += PQ_WARP;
+            if (first + round * NW >= n_tile) {
+                return -1;
+            }
+            const int tile = first + (round + lane) * NW;
+            live = __ballot_sync(PQ_FULL_WARP, tile < n_tile && cells_seen<R>(a, rows, kv0 + (int64_t) tile * TILE_128, cells_of(tile)));
+        }
+        const int i = __ffs(live) - 1;
+        live &= live - 1;
+        return first + (round + i) * NW;
+    };
+    int tile = next_tile();
+
+    const uint8_t * k_codes = a.p.k.data + stream * a.p.k.stream_stride + head_kv * a.p.k.head_stride + kv0 * a.p.k.row_stride;
+    const uint8_t * v_codes = a.p.v.data + stream * a.p.v.stream_stride + head_kv * a.p.v.head_stride + kv0 * a.p.v.row_stride;
+    const uint32_t k_tile = PQ_SHARED_BASE + a.smem_codes + warp * (K_BYTES + V_BYTES), v_tile = k_tile + K_BYTES;
+    const tile_source<k_words<KT>::N> k_source(k_codes, (uint32_t) a.p.k.row_stride, k_tile, lane);
+    const tile_source<k_words<VT>::N> v_source(v_codes, (uint32_t) a.p.v.row_stride, v_tile, lane);
+    // one group of copies per call, even an empty one: the waits count groups
+    auto load_k = [&](int i) {
+        if (i >= 0) {
+            k_source.copy(i, (uint32_t) a.p.k.row_stride, cells_of(i), lane);
+        }
+        pq_copy_commit();
+    };
+    auto load_v = [&](int i) {
+        if (i >= 0) {
+            v_source.copy(i, (uint32_t) a.p.v.row_stride, cells_of(i), lane);
+        }
+        pq_copy_commit();
+    };
+    load_k(tile);
+    load_v(tile);
+    query_rows qr;
+    ql.split(qr, a.q_scale);
+    new_row_0.store(a, warp, stream, head_kv, slot0, n_slots, lane);
+    for (int i = warp + NW; i < 2 * a.n_new; i += NW) {
+        new_row x;
+        x.load(a, i, head_kv, lane);
+        x.store(a, i, stream, head_kv, slot0, n_slots, lane);
+    }
+
+    const bool any_tile = a.early_tables || __syncthreads_or(tile >= 0);
+    if (any_tile) {
+        if (!a.early_tables) {
+            if (a.k.T_inv) {
+                load_T_inv(t_inv, a.k, k_block, 8 * warp, lane);
+            }
+            build();
+        }
+        map_queries_128<R, NW>(q_map, rows, qr, a.k, k_block, t_inv, warp, lane);
+    }
+    __syncthreads(); // tables, mapped queries, new rows
+    if (warp < nw_tail) {
+        attend_tail_128<R>(tail_o + warp * R * D, tail_ml + warp * R, a, rows, qr, stream, head_kv, slot0, n_slots, warp, lane);
+    }
+
+    float o[N_O][4], m = -CUDART_INF_F, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N_O; i++) {
+        o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.0f;
+    }
+    const int row = softmax_lane<R>::row(lane); // the lane's row in the softmax
+    int       v_order = 0;
+    if (any_tile) {
+        k_lane    kl = {};
+        lane_side vl = {};
+        init_k_lane<KT>(kl, lane);
+        init_side<VT, L, true>(vl, a.v, D, lane);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            vl.low[i]  = pq_keep(vl.low[i], lane);
+            vl.pick[i] = pq_keep(vl.pick[i], lane);
+        }
+        v_order = vl.order;
+        uint32_t v_at, v_next;
+        v_place<VT>(lane, &v_at, &v_next);
+        v_at += v_tile;
+        const uint32_t k_at = k_tile + k_place<KT>(lane);
+
+        uint32_t q[N_Q];
+        const uint32_t * q_part = (const uint32_t *) q_map + 16 * t; // the lane's quarter, half2 of row 0
+        if constexpr (R == 1) {
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                q[i] = q_part[i ^ kl.turn];
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    int r, turn;
+                    query_place<KT, R>(g + e % 2 * 8, &r, &turn);
+                    q[4 * i + e] = q_part[r * (Q_STRIDE / 2) + ((2 * i + e / 2) ^ turn)];
+                }
+            }
+        }
+        const float q_mu = rows[row].q_mu, slope = rows[row].slope;
+        const uint16_t * my_mask = rows[row].mask ? (const uint16_t *) rows[row].mask + kv0 : nullptr;
+        const uint32_t weights    = PQ_SHARED_BASE + a.smem_weights;
+        const uint32_t my_weights = weights + 4 * warp * 16 * R;
+        const uint32_t b_weights  = (g / 2 == t ? my_weights : weights + 4 * (NW * 16 * R + 4)) + 8 * (t / 2 * R + g % 2); // + 4: in other banks
+
+        uint32_t mask[(N_S + 1) / 2]; // of a cell, or of two
+        auto load_mask = [&](int i_tile) {
+            const int n = cells_of(i_tile);
+            const uint16_t * x = my_mask + i_tile * TILE_128;
+            if (R > 1 && my_mask && a.mask_by_16 && n == TILE_128) { // the usual tile
+                x += softmax_lane<R>::cell(lane, 0);
+#pragma unroll
+                for (int i = 0; i < N_S; i += 2) {
+                    mask[i / 2] = pq_load_u32(x + 4 * i);
+                }
+                return;
+            }
+#pragma unroll
+            for (int i = 0; i < N_S; i += 2) {
+                const int cell = softmax_lane<R>::cell(lane, i);
+                if (cell >= n) {
+                    mask[i / 2] = 0xfc00fc00u;
+                } else if (!my_mask) {
+                    mask[i / 2] = R == 1 || cell + 1 < n ? 0 : 0xfc000000u;
+                } else if (R == 1) {
+                    mask[i / 2] = pq_load_u16(x + cell);
+                } else {
+                    mask[i / 2] = pq_load_u16(x + cell) | (cell + 1 < n ? pq_load_u16(x + cell + 1) << 16 : 0xfc000000u);
+                }
+            }
+        };
+        if (tile >= 0) {
+            load_mask(tile);
+        }
+        while (tile >= 0) {
+            const int next = next_tile();
+            pq_copy_wait<1>(); // of K and V of this tile, K is there
+            __syncwarp();
+            // The next tile is asked for as soon as this one is in registers: for one row, which has registers to spare, at once.
+            uint32_t kw[R == 1 ? 4 : 1][k_words<KT>::N];
+            if constexpr (R == 1) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    read_k_words<KT>(kw[i], k_at + i * K_BYTES / 4);
+                }
+                __syncwarp();
+                load_k(next);
+            }
+            auto k_words_of = [&](int g8, uint32_t (&w)[k_words<KT>::N]) {
+                if constexpr (R == 1) {
+#pragma unroll
+                    for (int i = 0; i < k_words<KT>::N; i++) {
+                        w[i] = kw[g8][i];
+                    }
+                } else {
+                    read_k_words<KT>(w, k_at + g8 * K_BYTES / 4);
+                    if (g8 == 3) {
+                        __syncwarp();
+                        load_k(next);
+                    }
+                }
+            };
+            float s[N_S];
+            scores_128<KT, R>(s, k_words_of, kl, q, lane);
+            bool grows = false;
+#pragma unroll
+            for (int e = 0; e < N_S; e++) {
+                float x = s[e] + q_mu;
+                if (a.p.logit_softcap != 0.0f) {
+                    x = a.cap_log2e * tanhf(x * a.cap_inv);
+                }
+                const uint32_t h = R > 1 && e % 2 ? mask[e / 2] >> 16 : mask[e / 2] & 0xffff;
+                s[e]  = h == 0xfc00 ? -CUDART_INF_F : fmaf(slope, __half2float(__ushort_as_half((unsigned short) h)), x);
+                grows = grows || s[e] > m + (MAX_SHIFT + MAX_GROWTH);
+            }
+            if (__any_sync(PQ_FULL_WARP, grows)) {
+                float top = s[0];
+#pragma unroll
+                for (int e = 1; e < N_S; e++) {
+                    top = fmaxf(top, s[e]);
+                }
+                top = fmaxf(top, __shfl_xor_sync(PQ_FULL_WARP, top, 1)); // the lanes of a row
+                top = fmaxf(top, __shfl_xor_sync(PQ_FULL_WARP, top, 2));
+                if (R <= 4) {
+                    top = fmaxf(top, __shfl_xor_sync(PQ_FULL_WARP, top, 16));
+                }
+                if (R == 1) {
+                    top = fmaxf(top, __shfl_xor_sync(PQ_FULL_WARP, top, 4));
+                    top = fmaxf(top, __shfl_xor_sync(PQ_FULL_WARP, top, 8));
+                }
+                const float m_new = fmaxf(m, top - MAX_SHIFT);
+                const float f     = m == -CUDART_INF_F ? 0.0f : pq_exp2(m - m_new);
+                m    = m_new;
+                sum *= f;
+                if constexpr (R == 1) {
+#pragma unroll
+                    for (int e = 0; e < 8; e++) {
+                        o[e / 4][e % 4] *= f;
+                    }
+                } else {
+#pragma unroll
+                    for (int r = 0; r < R; r++) {
+                        const float fr = __shfl_sync(PQ_FULL_WARP, f, 4 * r);
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            o[r / 2 * 4 + e][r % 2]     *= fr;
+                            o[r / 2 * 4 + e][r % 2 + 2] *= fr;
+                        }
+                    }
+                }
+            }
+            const float ref = m == -CUDART_INF_F ? 0.0f : m;
+#pragma unroll
+            for (int e = 0; e < N_S; e++) {
+                s[e] = pq_exp2(s[e] - ref);
+                sum += s[e];
+            }
+            uint32_t p = 0;
+            if constexpr (R == 1) { // {cell c, cell c + 16} for lanes t = 0, 1
+                const uint32_t own   = __half_as_ushort(__float2half_rn(s[0]));
+                const uint32_t other = __shfl_xor_sync(PQ_FULL_WARP, own, 2);
+                p = __byte_perm(own, other, 0x5410);
+            } else {
+                __syncwarp(); // the weights of the tile before have been read
+                put_weights<R>(my_weights, s, lane);
+            }
+            pq_copy_wait<1>(); // V of this tile is there, K of the next may not be
+            __syncwarp();
+            if (next >= 0) {
+                load_mask(next);
+            }
+            auto v_word_of = [&](int j) {
+                const uint32_t w = read_v_word<VT>(v_at + j * V_BYTES / N_SLOT, v_next, vl);
+                if (j == N_SLOT - 1) {
+                    __syncwarp();
+                    load_v(next);
+                }
+                return w;
+            };
+            values_128<VT, V_TABLE, R>(o, v_word_of, vl, p, b_weights, lane);
+            tile = next;
+        }
+        // every lane has counted its own cells
+        sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 1);
+        sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 2);
+        if (R <= 4) {
+            sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 16);
+        }
+        if (R == 1) {
+            sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 4);
+            sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 8);
+        }
+    }
+    pq_copy_wait<0>();
+    pq_pdl_launch_next();
+    if (t == 0 && g < R) {
+        ml[warp * R + g] = make_float2(m, sum);
+    }
+    __syncthreads();
+
+    // ---- merge the warps, and the tail ----
+    float * merge = (float *) smem; // [NW][2][R][128], over the tables
+    float factor[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) { // a lane per warp
+        const float2 none  = make_float2(-CUDART_INF_F, 0.0f);
+        const float2 coded = lane < NW      ? ml[lane * R + r]      : none;
+        const float2 tail  = lane < nw_tail ? tail_ml[lane * R + r] : none;
+        const float  top   = pq_warp_max(fmaxf(coded.x, tail.x));
+        const float  ref   = top == -CUDART_INF_F ? 0.0f : top;
+        factor[r] = pq_exp2(ml[warp * R + r].x - ref);
+        if (warp == r) {
+            const float sum_coded = pq_warp_sum(coded.y * pq_exp2(coded.x - ref)), sum_tail = pq_warp_sum(tail.y * pq_exp2(tail.x - ref));
+            if (lane == 0) {
+                *(float4 *) (head + 4 * r) = make_float4(top, sum_coded, sum_tail, 0.0f);
+            }
+        }
+    }
+    if (any_tile) {
+        int cell, l;
+        lane_place<L, true>(lane, &cell, &l);
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float x = R == 1 ? o[i / 2][i % 2 * 2]     : o[r / 2 * 4 + i][r % 2];
+                const float y = R == 1 ? o[i / 2][i % 2 * 2 + 1] : o[r / 2 * 4 + i][r % 2 + 2];
+                *(float2 *) (merge + ((warp * 2 + cell) * R + r) * D + 8 * l + 2 * (i ^ v_order)) = make_float2(x * factor[r], y * factor[r]);
+            }
+        }
+    }
+    __syncthreads();
+    const int record_floats = 4 + 2 * D;
+    float * records = a.partials + (((size_t) stream * a.p.n_head_kv + head_kv) * a.n_rows + row0) * a.n_split * record_floats;
+    for (int i = tid; i < R * D; i += NT) {
+        const int r = i / D;
+        float x = 0.0f, xt = 0.0f;
+        if (any_tile) {
+#pragma unroll 8
+            for (int w = 0; w < 2 * NW; w++) {
+                x += merge[w * R * D + i];
+            }
+        }
+        const float ref = head[4 * r] == -CUDART_INF_F ? 0.0f : head[4 * r];
+#pragma unroll 4
+        for (int w = 0; w < nw_tail; w++) {
+            xt = fmaf(tail_o[w * R * D + i], pq_exp2(tail_ml[w * R + r].x - ref), xt);
+        }
+        if (a.n_split == 1) {
+            sums[i]         = x;
+            sums[R * D + i] = xt;
+        } else if (row0 + r < a.n_rows) {
+            float * record = records + ((size_t) r * a.n_split + split) * record_floats;
+            record[4 + i % D]     = x;
+            record[4 + D + i % D] = xt;
+            if (i % D == 0) {
+                *(float4 *) record = *(const float4 *) (head + 4 * r);
+            }
+        }
+    }
+
+    // ---- the last block of the row group merges the parts ----
+    bool writes = a.n_split == 1;
+    if (a.n_split > 1) {
+        __threadfence();
+        __syncthreads();
+        if (tid == 0) {
+            uint32_t * arrivals = a.counters + ((size_t) stream * a.p.n_head_kv + head_kv) * a.n_row_groups + row_group;
+            const bool last = atomicAdd(arrivals, 1u) == (uint32_t) a.n_split - 1;
+            if (last) {
+                *arrivals = 0;
+            }
+            head[4 * R] = last;
+        }
+        __syncthreads();
+        writes = head[4 * R] != 0.0f;
+        if (writes) {
+            __threadfence();
+            for (int i = tid; i < 2 * R * D; i += NT) {
+                const int r = i / (2 * D), d = i % (2 * D);
+                const float * record = records + (size_t) r * a.n_split * record_floats;
+                float x = 0.0f, top = -CUDART_INF_F, coded = 0.0f, tail = 0.0f;
+                for (int part = 0; part < a.n_split && row0 + r < a.n_rows; part += 8) { // eight at a time on their way
+                    float4 h[8];
+                    float  y[8];
+#pragma unroll
+                    for (int e = 0; e < 8; e++) {
+                        const float * rec = record + (size_t) min(part + e, a.n_split - 1) * record_floats;
+                        h[e] = __ldcg((const float4 *) rec);
+                        y[e] = __ldcg(rec + 4 + d);
+                    }
+                    float top_new = top;
+#pragma unroll
+                    for (int e = 0; e < 8; e++) {
+                        top_new = fmaxf(top_new, part + e < a.n_split ? h[e].x : -CUDART_INF_F);
+                    }
+                    const float ref = top_new == -CUDART_INF_F ? 0.0f : top_new;
+                    const float f   = pq_exp2(top - ref);
+                    x *= f; coded *= f; tail *= f;
+                    top = top_new;
+#pragma unroll
+                    for (int e = 0; e < 8; e++) {
+                        const float w = part + e < a.n_split ? pq_exp2(h[e].x - ref) : 0.0f;
+                        x     = fmaf(w, y[e], x);
+                        coded = fmaf(w, h[e].y, coded);
+                        tail  = fmaf(w, h[e].z, tail);
+                    }
+                }
+                sums[d / D * R * D + r * D + d % D] = x;
+                if (d == 0) {
+                    *(float4 *) (head + 4 * r) = make_float4(top, coded, tail, 0.0f);
+                }
+            }
+        }
+    }
+    if (writes) {
+        __syncthreads();
+        write_rows<R, NT>(a, rows, sums, has_tail ? sums + R * D : nullptr, head, v_block, (float *) smem);
+    }
+    if (a.n_units > 0) {
+        __syncthreads();
+        encode_units<KT, VT, NT>(a, smem, -1, n_given);
+        reset_counters(a);
+    }
+}
+
+} // namespace pq_attn
