@@ -44,6 +44,7 @@ __host__ __device__ constexpr int n_threads_128(int R) {
 struct args_128 : args {
     int32_t    n_attn_blocks; // the others only encode
     int32_t    n_tail_warps;
+    int32_t    tail_mask_by_16;
     int32_t    early_tables;  // build the tables before the kernel ahead has ended: they will be needed
     uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups], then units taken, then blocks done; 0 before and after a launch
     int32_t    n_counters;    // of arrivals
@@ -479,11 +480,26 @@ struct new_row {
     }
 };
 
-// Attention of R rows over a warp's share of the slots from slot0 on, in floats. Leaves the weighted sums in o [R][128], and m and the sum
+// Whether any row of the block sees one of the n cells (slots of the tail) from i on.
+template <int R, bool TAIL>
+PQ_DEVICE bool any_seen(const args_128 & a, const row_info * rows, int64_t i, int n) {
+    const uint8_t * before = nullptr;
+#pragma unroll 1
+    for (int r = 0; r < R; r++) {
+        const uint8_t * mask = TAIL ? rows[r].tail_mask : rows[r].mask;
+        if (mask == nullptr || (mask != before && cells_live(mask, i, n, TAIL ? a.tail_mask_by_16 : a.mask_by_16))) {
+            return true;
+        }
+        before = mask;
+    }
+    return false;
+}
+
+// Attention of R rows over a warp's share of the n_slots slots from slot0 on, in floats. Leaves the weighted sums in o [R][128], and m and the sum
 // of weights in ml [R].
 template <int R>
 PQ_DEVICE void attend_tail_128(float * o, float2 * ml, const args_128 & a, const row_info * rows, const query_rows & q, int stream, int head_kv, int64_t slot0,
-                               int n_slots, int warp, int lane) {
+                               int n_slots, int warp, int n_warps, int lane) {
     const int g = lane / 4, t = lane % 4;
     const pq_attn_tail & tail = a.p.tail;
     const uint8_t  * k    = tail.k + stream * tail.k_stream_stride + head_kv * tail.k_head_stride + slot0 * tail.k_row_stride + 16 * t;
@@ -491,7 +507,21 @@ PQ_DEVICE void attend_tail_128(float * o, float2 * ml, const args_128 & a, const
     const uint16_t * mask = (const uint16_t *) rows[min(g, R - 1)].tail_mask + slot0;
     const float     slope = rows[min(g, R - 1)].slope;
     float acc[R][4] = {}, m = -CUDART_INF_F, sum = 0.0f;
-    for (int s0 = TAIL_STEP * warp; s0 < n_slots; s0 += TAIL_STEP * a.n_tail_warps) {
+    uint32_t live = 0; // of the warp's 32 steps from `step` on, those not yet taken that somebody sees
+    for (int step = -PQ_WARP;;) {
+        while (live == 0) {
+            step += PQ_WARP;
+            if ((warp + step * n_warps) * TAIL_STEP >= n_slots) {
+                break;
+            }
+            const int at = (warp + (step + lane) * n_warps) * TAIL_STEP;
+            live = __ballot_sync(PQ_FULL_WARP, at < n_slots && any_seen<R, true>(a, rows, slot0 + at, min(TAIL_STEP, n_slots - at)));
+        }
+        if (live == 0) {
+            break;
+        }
+        const int s0 = (warp + (step + __ffs(live) - 1) * n_warps) * TAIL_STEP;
+        live &= live - 1;
         const uint8_t * k_row = k + min(s0 + g, n_slots - 1) * tail.k_row_stride;
         const uint4 b[4] = { pq_load_row_u128(k_row), pq_load_row_u128(k_row + 64), pq_load_row_u128(k_row + 128), pq_load_row_u128(k_row + 192) };
         uint2 y[TAIL_STEP];
@@ -504,9 +534,6 @@ PQ_DEVICE void attend_tail_128(float * o, float2 * ml, const args_128 & a, const
         for (int i = 0; i < 2; i++) {
             bias[i] = g < R && s0 + 2 * t + i < n_slots ? pq_load_u16(mask + s0 + 2 * t + i) : 0xfc00;
             seen[i] = __ballot_sync(PQ_FULL_WARP, bias[i] != 0xfc00);
-        }
-        if ((seen[0] | seen[1]) == 0) {
-            continue;
         }
         float s[2];
         dot_rows(s[0], s[1], q, b);
@@ -590,21 +617,6 @@ struct tile_source {
         }
     }
 };
-
-// Whether any row of the block sees one of the n cells from `cell` on.
-template <int R>
-PQ_DEVICE bool cells_seen(const args_128 & a, const row_info * rows, int64_t cell, int n) {
-    const uint8_t * before = nullptr;
-#pragma unroll 1
-    for (int r = 0; r < R; r++) {
-        const uint8_t * mask = rows[r].mask;
-        if (mask == nullptr || (mask != before && cells_live(mask, cell, n, a.mask_by_16))) {
-            return true;
-        }
-        before = mask;
-    }
-    return false;
-}
 
 // ---- encoding ----
 
@@ -759,7 +771,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
                 return -1;
             }
             const int tile = first + (round + lane) * NW;
-            live = __ballot_sync(PQ_FULL_WARP, tile < n_tile && cells_seen<R>(a, rows, kv0 + (int64_t) tile * TILE_128, cells_of(tile)));
+            live = __ballot_sync(PQ_FULL_WARP, tile < n_tile && any_seen<R, false>(a, rows, kv0 + (int64_t) tile * TILE_128, cells_of(tile)));
         }
         const int i = __ffs(live) - 1;
         live &= live - 1;
@@ -808,7 +820,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     }
     __syncthreads(); // tables, mapped queries, new rows
     if (warp < nw_tail) {
-        attend_tail_128<R>(tail_o + warp * R * D, tail_ml + warp * R, a, rows, qr, stream, head_kv, slot0, n_slots, warp, lane);
+        attend_tail_128<R>(tail_o + warp * R * D, tail_ml + warp * R, a, rows, qr, stream, head_kv, slot0, n_slots, warp, nw_tail, lane);
     }
 
     float o[N_O][4], m = -CUDART_INF_F, sum = 0.0f;

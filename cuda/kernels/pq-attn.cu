@@ -192,7 +192,8 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
 
     const int R = plan.rows_per_block;
     if (is_128) {
-        plan.kernel        = PQ_CUDA_ATTN_128;
+        plan.kernel          = PQ_CUDA_ATTN_128;
+        plan.slots_per_split = div_up(plan.slots_per_split, TAIL_STEP) * TAIL_STEP;
         plan.counter_bytes = ((size_t) n_base + 2) * sizeof(uint32_t);
         plan.scratch_bytes = plan.n_split == 1 ? 0 : (size_t) p.n_stream * p.n_head_kv * n_rows * plan.n_split * (4 + 2 * 128) * sizeof(float);
         const size_t per_warp = (size_t) R * 128 * sizeof(float);
@@ -262,6 +263,7 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
     set_args(a, p, plan, scratch);
     a.n_attn_blocks = plan.n_blocks;
     a.n_tail_warps  = plan.n_tail_warps;
+    a.tail_mask_by_16 = ((uintptr_t) p.tail.mask | p.tail.mask_token_stride | p.tail.mask_stream_stride) % 16 == 0;
     a.early_tables  = plan.cells_per_split >= EARLY_CELLS;
     a.counters      = (uint32_t *) counters;
     a.n_counters    = p.n_stream * p.n_head_kv * plan.n_row_groups;

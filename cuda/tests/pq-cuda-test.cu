@@ -249,7 +249,7 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
             m[i] = seen ? to_f16(value) : F16_MINUS_INF;
         }
     }
-    const int64_t n_tail_ld = c.n_tail + 5;
+    const int64_t n_tail_ld = c.n_tail + (c.n_tail % 2 == 0 ? 16 - c.n_tail % 8 : 5);
     std::vector<uint16_t> tail_k((size_t) c.n_stream * c.n_head_kv * c.n_tail * c.D), tail_v(tail_k.size()), tail_mask((size_t) c.n_stream * c.n_q * n_tail_ld, F16_NAN);
     for (uint16_t & x : tail_k) { x = to_f16(r.normal()); }
     for (uint16_t & x : tail_v) { x = to_f16(r.normal()); }
