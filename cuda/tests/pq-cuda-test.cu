@@ -2,6 +2,7 @@
 //
 //   pq-cuda-test [test [D]]         every case, or those of a head size, against plain loops in double precision (of sampled heads where
 //                                   the context is long), and steps in one launch against a launch for each part
+//   pq-cuda-test quick              a few of each kernel, for compute-sanitizer
 //   pq-cuda-test step               the latter alone
 //   pq-cuda-test plan               the launch plan alone; needs no GPU
 //   pq-cuda-test bench [7b|8b [depth [type]]]
@@ -710,6 +711,24 @@ static void test(const pq_cuda_device_props & props, int only_D) {
     }
 }
 
+// A case or two of each kernel: for compute-sanitizer, under which everything takes a hundred times as long.
+static void test_quick(const pq_cuda_device_props & props) {
+    const pq_type P4 = PQ_TYPE_PQ4, P3 = PQ_TYPE_PQ3, P2 = PQ_TYPE_PQ2, F = PQ_TYPE_COUNT;
+    const attn_case base = { P4, P4, 128, 4, 4, 1, 1, 257, MASK_CAUSAL, 40, true, 0.0f, 0.0f, false, 1, 1, 0, 0 };
+    for (const auto & t : { std::pair<pq_type, pq_type>(P4, P4), { P3, P2 }, { P2, P3 }, { P4, F }, { F, P3 } }) {
+        for (int D : { 64, 128, 256 }) {
+            for (int group : { 1, 4, 8 }) {
+                attn_case c = base;
+                c.kt = t.first; c.vt = t.second; c.D = D; c.n_head = group; c.n_head_kv = 1; c.mask = MASK_SPARSE; c.n_kv = 700; c.n_sm = 3;
+                run_case(c, props);
+            }
+        }
+    }
+    run_step({ P4, P4, 2, 2, 1, 1, 700, 64, 0, true }, props);
+    run_step({ P3, P2, 4, 1, 2, 1, 700, 40, 1, true }, props);
+    run_step({ P4, P2, 1, 1, 1, 8, 31, 64, 0, false }, props);
+}
+
 // ---- plan ----
 
 static void test_plan() {
@@ -1031,6 +1050,11 @@ int main(int argc, char ** argv) {
     }
     pq_cuda_device_props props;
     CUDA(pq_cuda_get_device_props(&props));
+    if (mode == "quick") {
+        test_quick(props);
+        printf("%d checks, %d failed; worst NMSE %.3g\n", n_checks, n_failed, worst_nmse);
+        return n_failed ? 1 : 0;
+    }
     if (mode == "step") {
         test_step(props);
         printf("%d checks, %d failed\n", n_checks, n_failed);
@@ -1083,6 +1107,6 @@ int main(int argc, char ** argv) {
         }
         return 0;
     }
-    printf("usage: pq-cuda-test [test [D] | step | plan | bench [7b|8b [depth [type]]] | once 7b|8b depth type]\n");
+    printf("usage: pq-cuda-test [test [D] | quick | step | plan | bench [7b|8b [depth [type]]] | once 7b|8b depth type]\n");
     return 2;
 }
