@@ -66,9 +66,13 @@ PQ_DEVICE uint2 pq_load_row_u64(const uint8_t * p) {
 
 // ---- shared memory ----
 
-// Dynamic shared memory begins after the 1 KB that the system keeps (compute capability 8.0 and later), in a kernel without static
+// Dynamic shared memory begins at 0, and from 9.0 on after the 1 KB that the system keeps, in a kernel without static
 // shared memory. With the address known at compile time a table lookup needs no addition; kernels that use it check it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr uint32_t PQ_SHARED_BASE = 0;
+#else
 constexpr uint32_t PQ_SHARED_BASE = 1024;
+#endif
 
 template <uint32_t OFFSET /* in dynamic shared memory */>
 PQ_DEVICE uint32_t pq_load_shared_u32(uint32_t address) {
