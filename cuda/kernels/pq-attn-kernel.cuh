@@ -1,4 +1,5 @@
-// Attention on codes, for a few query rows per KV head (token generation, small batches). No cell is decoded to memory.
+// Attention on codes, for a few query rows per KV head (token generation, small batches), of every head size and pair of types, plain f16
+// rows on one side among them. D = 128 with codes on both sides has a quicker kernel, pq-attn-128-kernel.cuh. No cell is decoded to memory.
 //
 // A block of one wave serves one KV head, up to R of its query rows and one part of the context. The centroids of K and V lie in
 // shared memory, one row of 256 bytes per centroid index, so a code byte becomes an address with one PRMT (byte 1 of the address is
