@@ -13,6 +13,7 @@ from ..container import GGUFHeader
 from ..converters.gguf import DEFAULT_CTX, DEFAULT_TOKENS, DEFAULT_TYPES
 from ..progress import note
 
+MODEL_HELP = "the model; PQ cache types need the codebooks that 'million calibrate' adds"
 DEFAULT_KV_TAIL = 128  # tokens that a PQ cache keeps exact
 _COMPARED_TYPES = ("f16", "q8_0", "q4_0")
 
