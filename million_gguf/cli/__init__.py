@@ -30,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Product-quantized KV cache for llama.cpp: a context takes a quarter of the memory of f16.",
         epilog="'million COMMAND --help' explains a command. MILLION_DEBUG=1 shows tracebacks.",
     )
-    parser.add_argument("--version", action="version", version=f"million-gguf {__version__}")
+    # The short form is also what makes argparse's column of names wide enough for "calibrate" to stand on one line.
+    parser.add_argument("-V", "--version", action="version", version=f"million-gguf {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in _COMMANDS:
         import_module(f".{name}", __name__).add_parser(commands)

@@ -24,7 +24,7 @@ from ..container import GGUFHeader
 from ..errors import InputError, MismatchError, NativeError
 from ..progress import note
 from ..spec import PQ_TYPES
-from .options import add_runtime, at_least
+from .options import MODEL_HELP, add_runtime, at_least
 from .output import context
 
 TOOL = "llama-server"
@@ -46,7 +46,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "otherwise. Ctrl-C stops it. Options of llama-server itself go after '--'.",
         usage="million serve [options] MODEL.gguf [-- LLAMA-SERVER OPTIONS]",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help=MODEL_HELP)
     parser.add_argument(
         "--kv",
         default=AUTO,
