@@ -149,7 +149,7 @@ def test_json_csv_and_plot(million: Run, program: Run, demo_gguf: Path, tmp_path
     listed = program(*options, "--prefill", 0, "--csv")
     table = list(csv.DictReader(io.StringIO(listed.out)))
     shown = program(*options, "--prefill", 0).out
-    assert ", 1 thread\n" in shown and "decode of 4 tokens, 2 times" in shown
+    assert ", 1 thread\n" in shown and "tokens: decode 4, exact tail 128; repetitions: 2\n" in shown
     assert "prefill" not in shown  # it was not measured
     assert [line for line in shown.splitlines() if line != line.rstrip()] == []
     assert [r["type"] for r in table] == ["f16", "q4_0", "pq4/pq2"] * 2

@@ -374,10 +374,12 @@ def _print_tables(facts: dict[str, Any]) -> None:
     kinds = [(kind, facts[f"n_{kind}"]) for kind in ("decode", "prefill") if facts[f"n_{kind}"]]
     print(f"model  {facts['model']}{where} ({size(facts['weight_bytes'])} of weights)")
     print(f"run    {facts['machine']}")
-    measured = ", ".join(f"{kind} of {n}" for kind, n in kinds)
-    print(f"       {measured} tokens, {facts['n_repetitions']} times; exact tail {facts['kv_tail']}\n", flush=True)
+    measured = ", ".join(f"{kind} {n}" for kind, n in kinds)
+    print(
+        f"       tokens: {measured}, exact tail {facts['kv_tail']}; repetitions: {facts['n_repetitions']}\n", flush=True
+    )
     made = table(
-        "Tokens per second: median, half the range of all repetitions",
+        "Tokens per second: median ± half the range",
         ("depth", "cache", "memory", *(cell for kind, _ in kinds for cell in (kind, "±", "of f16"))),
         n_left=2,
     )
@@ -392,7 +394,7 @@ def _print_tables(facts: dict[str, Any]) -> None:
             noisy = noisy or spread > _WARN_SPREAD
             cells += [
                 significant(speed["median"], 4),
-                f"{spread:.0%}",
+                f"{spread:.0%}" if facts["n_repetitions"] > 1 else "-",
                 f"{speed['median'] / base[kind]['median']:.2f}x",
             ]
         first = i == 0 or rows[i - 1]["depth"] != row["depth"]
