@@ -20,6 +20,7 @@ _SIZE_INCHES = (7.0, 4.6)
 _TITLE_SIZE, _LABEL_SIZE = 11, 8  # points
 _CHARS_PER_INCH = 12.5  # of a title
 _MARKER_PX = 6.0
+_MIN_DEPTH_FOR_TICKS = 4096  # below, matplotlib's own ticks are short enough
 _LABEL_PLACES = (  # offset in points from the marker, horizontal and vertical alignment; best first
     (6, 4, "left", "bottom"),
     (7, 0, "left", "center"),
@@ -159,11 +160,21 @@ def speed_by_depth(
                 label=name,
             )
         axes.set_title(heading, fontsize=10)
+        _set_depth_ticks(axes, max((row["depth"] for row in rows), default=0))
         axes.set_xlabel("depth (tokens in the cache)")
         axes.set_ylabel("speed (tokens/s)")
         axes.set_ylim(bottom=0)
     _finish(figure, all_axes)
     _save(figure, path)
+
+
+def _set_depth_ticks(axes: Axes, most: int) -> None:
+    """Ticks at powers of two, as people write depths: "32K"."""
+    if most < _MIN_DEPTH_FOR_TICKS:
+        return
+    step = 1 << (most - 1).bit_length() - 3
+    ticks = range(0, most + 1, step)
+    axes.set_xticks(ticks, [f"{tick / 1024:g}K" if tick else "0" for tick in ticks])
 
 
 def _has_pq(row: Mapping[str, Any]) -> bool:

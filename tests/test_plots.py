@@ -1,12 +1,17 @@
-"""The figures of ``million eval`` and ``million bench``: nothing covers anything, nothing leaves the picture."""
+"""The figures of ``million eval``, ``million bench`` and the README: nothing covers anything, nothing leaves the picture."""
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT, environment
 
 pytest.importorskip("matplotlib")
 
@@ -84,3 +89,53 @@ def test_long_names_stay_in_the_picture(tmp_path: Path) -> None:
     plots.speed_by_depth(path, title, [("decode", "decode", rows)], machine)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("most", "labels"),
+    [(512, None), (5000, ["0", "1K", "2K", "3K", "4K"]), (40000, ["0", "8K", "16K", "24K", "32K"])],
+)
+def test_depths_are_powers_of_two(most: int, labels: list[str] | None) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    plots._set_depth_ticks(axes, most)
+    if labels is not None:
+        assert [label.get_text() for label in axes.get_xticklabels()] == labels
+
+
+# ---- the README's ----
+
+
+def readme_plots(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "readme_plots.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+
+
+def test_readme_pictures_are_there_and_small() -> None:
+    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {Path(p).name for p in shown} >= {"kl-by-bits.png", "speed-by-depth.png"}
+    for path in shown:
+        assert 0 < (ROOT / path).stat().st_size < 200_000
+
+
+def test_readme_pictures_are_made_by_one_command(tmp_path: Path) -> None:
+    done = readme_plots("-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kl-by-bits.png", "speed-by-depth.png"]
+
+
+def test_readme_pictures_of_what_the_commands_print(tmp_path: Path) -> None:
+    """Of ``million eval --json`` and ``million bench --json``."""
+    kl, speed = tmp_path / "kl.json", tmp_path / "speed.json"
+    kl.write_text(json.dumps({"kv_tail": 128, "results": kl_rows()}))
+    tokens = {"median": 100.0, "min": 90.0, "max": 101.0}
+    rows = [{"type": t, "depth": d, "decode": tokens} for t in ("f16", "pq4") for d in (0, 4096)]
+    speed.write_text(json.dumps({"machine": "a machine", "results": rows}))
+    options = ("--kl", kl, "--speed", f"{speed}=A model", "-o", tmp_path)
+    done = readme_plots(*options)
+    assert done.returncode == 0, done.stderr
+    kl.write_text("{}")
+    done = readme_plots(*options)
+    assert done.returncode == 1
+    assert done.stderr.startswith("readme_plots: error: ") and "Traceback" not in done.stderr
