@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Result, environment
+from conftest import ROOT, Result, environment
 from test_cli import Terminal
 from test_eval import need_tool
 
@@ -239,6 +239,24 @@ def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 30) ->
     while not true():
         assert time.monotonic() < end, otherwise
         time.sleep(0.05)
+
+
+@pytest.mark.native
+def test_soak(demo_gguf: Path, tmp_path: Path) -> None:
+    """The script that repeats the claims about eight streams and about a kill, for a second instead of minutes."""
+    need_tool("llama-server")
+    command = [sys.executable, str(ROOT / "benchmarks" / "serve_soak.py"), str(demo_gguf), "--seconds", "1", "-t", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "soak.json")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "soak.json").read_text())
+    assert min(result["requests"]) >= 1 and result["different"] == 0
+    assert result["tokens_restored"] == result["tokens_saved"] > 100
 
 
 # ---- start and end ----
