@@ -198,7 +198,8 @@ def test_kv_types_are_checked(program: Run, demo_gguf: Path) -> None:
 @pytest.mark.native
 def test_interactive(demo_gguf: Path) -> None:
     """At a terminal: Ctrl-C stops an answer and not the program, /reset and Ctrl-D do what they say."""
-    terminal = Terminal("chat", str(demo_gguf), "--temp", "0", "-n", "1000", "-c", "2048", "--stats")
+    terminal = Terminal("chat", str(demo_gguf), "--temp", "0", "-n", "1000", "--stats")
+    terminal.wait_for("context 2048")  # no longer than the model's, unless that is asked for
     terminal.wait_for("base model")
     terminal.wait_for("> ")
     terminal.type("The history of the\n")

@@ -117,6 +117,17 @@ def test_says_what_it_serves(server: Server) -> None:
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("options", [(), ("-c", 4096), ("-c", 0)])
+def test_a_slot_is_as_long_as_is_said(demo_gguf: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
+    """The default is for models with longer contexts than this one's 2048."""
+    need_tool("llama-server")
+    with Server(demo_gguf, "--parallel", 1, *options, log=tmp_path / "log") as running:
+        assert running.said.endswith(", 1 x 2048 tokens\n")
+        assert [slot["n_ctx"] for slot in slots(running)] == [2048]
+    assert ("training context" in (tmp_path / "log").read_text()) == (options == ("-c", 4096))
+
+
+@pytest.mark.native
 def test_streaming_chat(server: Server, demo_gguf: Path) -> None:
     client = server.client()
     assert [m.id for m in client.models.list().data] == [demo_gguf.stem]

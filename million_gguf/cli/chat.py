@@ -11,8 +11,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..container import GGUFHeader
 from ..errors import InputError
-from .options import MODEL_HELP, add_runtime, at_least
+from .options import MODEL_HELP, add_ctx, add_runtime, at_least, chosen_ctx
 
 if TYPE_CHECKING:
     from ..bindings.llama import Llama
@@ -44,9 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="N",
         help="most recent tokens that a PQ cache also keeps exact (default: 128; 0: none)",
     )
-    parser.add_argument(
-        "-c", "--ctx", type=at_least(0), default=4096, metavar="N", help="context (default: 4096; 0: the model's)"
-    )
+    add_ctx(parser, "context")
     parser.add_argument(
         "-n",
         "--max-tokens",
@@ -76,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
     from ..bindings.llama import Llama
 
+    with GGUFHeader(args.model) as header:
+        n_ctx = chosen_ctx(args.ctx, header)
     options: dict[str, Any] = {} if args.seed is None else {"seed": args.seed}
     if args.threads is not None:
         options.update(n_threads=args.threads, n_threads_batch=args.threads)
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         kv_cache=args.kv,
         kv_tail=args.kv_tail,
-        n_ctx=args.ctx,
+        n_ctx=n_ctx,
         n_gpu_layers=args.n_gpu_layers,
         verbose=args.verbose,
         **options,
