@@ -5,7 +5,7 @@
 
 1. Each of eight prompts of different lengths is answered alone, greedy, with the same seed.
 2. Eight streams ask them again and again, all at once, and compare. The server's memory is noted when every stream has had its
-   first answer, and at the end.
+   first answer, and from then on twelve times.
 3. A slot is saved, the server is killed with SIGKILL in the middle of another request, a new one is started, the slot is
    restored, and the prompt goes on from it without being computed again.
 
@@ -29,6 +29,8 @@ from typing import Any
 
 import openai
 
+from million_gguf.cli.memory import machine
+
 Json = dict[str, Any]
 N_CTX = 1024  # per slot
 # (prompt, tokens to answer with): short and long in both, so that requests start and end at all times
@@ -43,6 +45,7 @@ REQUESTS = [
     ("def main():\n    print(" * 12, 32),
 ]
 _SLOT = "soak.bin"
+_N_SAMPLES = 12  # of the memory
 
 
 @contextmanager
@@ -104,18 +107,22 @@ def soak(client: openai.OpenAI, process: subprocess.Popen[str], seconds: float) 
 
     def streams(seconds: float) -> list[tuple[int, int]]:
         with ThreadPoolExecutor(len(REQUESTS)) as pool:
-            return list(pool.map(stream, alone, REQUESTS, [seconds] * len(REQUESTS)))
+            answers = pool.map(stream, alone, REQUESTS, [seconds] * len(REQUESTS))
+            for _ in range(_N_SAMPLES if seconds else 0):
+                time.sleep(seconds / _N_SAMPLES)
+                memory.append(rss_bytes(process))
+            return list(answers)
 
+    memory: list[int] = []
     first = streams(0)
-    rss_first = rss_bytes(process)
+    memory.append(rss_bytes(process))
     counts = [(a + c, b + d) for (a, b), (c, d) in zip(first, streams(seconds), strict=True)]
     return {
         "streams": len(REQUESTS),
         "seconds": seconds,
         "requests": [n for n, _ in counts],
         "different": sum(n for _, n in counts),
-        "rss_bytes_first": rss_first,
-        "rss_bytes_last": rss_bytes(process),
+        "rss_mib": [round(n / (1 << 20), 1) for n in memory],
     }
 
 
@@ -157,14 +164,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="million-soak-") as name:
         with serving(args.model, Path(name), options) as (process, url):
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600.0)
-            result: Json = {"model": args.model.name, "kv": args.kv, **soak(client, process, args.seconds)}
+            result: Json = {
+                "machine": machine(args.threads),
+                "command": " ".join(["benchmarks/serve_soak.py", *sys.argv[1:]]),
+                **soak(client, process, args.seconds),
+            }
         result |= kill_and_restore(args.model, Path(name), options)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    mib = [result[f"rss_bytes_{when}"] / (1 << 20) for when in ("first", "last")]
+    mib = result["rss_mib"]
     print(
         f"{sum(result['requests'])} requests by {result['streams']} streams in {args.seconds:g} s, "
-        f"{result['different']} differ from a single run; memory {mib[0]:.1f} MiB, then {mib[1]:.1f} MiB\n"
+        f"{result['different']} differ from a single run; memory {mib[0]} MiB at first, {mib[len(mib) // 2]} half-way, {mib[-1]} at the end\n"
         f"killed in a request: {result['tokens_restored']} of {result['tokens_saved']} saved tokens restored, "
         f"{result['prompt_tokens_not_computed_again']} of the prompt not computed again, "
         f"{'the same' if result['same_answer'] else 'ANOTHER'} answer"

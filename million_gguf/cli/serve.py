@@ -116,9 +116,8 @@ def run(args: argparse.Namespace) -> int:
             template = _BASE_TEMPLATE
             note(f"million: the model has no chat template (a base model): chat requests are written as {template}")
         n_ctx = chosen_ctx(args.ctx, header)
-        n_ctx_of_slot = min(
-            n_ctx, chosen_ctx(0, header)
-        )  # llama-server gives a slot no more than the model was trained for
+        # llama-server gives a slot no more than the model was trained for
+        n_ctx_of_slot = min(n_ctx, chosen_ctx(0, header))
     if args.api_key_file is not None and not args.api_key_file.is_file():
         raise InputError(f"no such file: {args.api_key_file}")
     if args.slot_save_path is not None:
