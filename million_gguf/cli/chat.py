@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..container import GGUFHeader
 from ..errors import InputError
+from ..signals import STOPPING
 from .options import MODEL_HELP, add_ctx, add_runtime, at_least, chosen_ctx
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class Session:
             finally:
                 low.llama_set_abort_callback(self.llm.ctx, low.ggml_abort_callback(), None)
             self.stopped = interrupt.requested
-            if interrupt.received == signal.SIGTERM:  # that one is for the program
+            if interrupt.received in STOPPING:  # that one is for the program
                 interrupt.check()
         if self._n_tokens:
             self._rest_s = time.perf_counter() - printed_at
