@@ -12,12 +12,13 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from ..signals import terminate
+from ..signals import STOPPING, terminate
 from . import native
 
 
 class Interrupt:
-    """While entered, SIGINT and SIGTERM set ``requested`` instead of raising; a second signal raises at once.
+    """While entered, SIGINT and SIGTERM set ``requested`` instead of raising; a second signal raises at once. So does whatever
+    else the program ends by when it is our command (``signals.STOPPING``).
 
     In any thread but the main one signals never arrive, and nothing is changed.
 
@@ -30,7 +31,8 @@ class Interrupt:
     def __init__(self, *signals: int) -> None:
         self.requested = False
         self.received: int | None = None
-        self._signals = signals or (signal.SIGINT, signal.SIGTERM)
+        ours = (n for n in STOPPING if signal.getsignal(n) is terminate)
+        self._signals = signals or tuple(dict.fromkeys((signal.SIGINT, signal.SIGTERM, *ours)))
         self._previous: dict[int, Any] = {}
         self.callback = native.llama_cpp().ggml_abort_callback(lambda _: self.requested)
 
@@ -55,11 +57,11 @@ class Interrupt:
 
     @staticmethod
     def _raise(number: int | None) -> None:
-        if number == signal.SIGTERM:
+        if number in STOPPING:
             terminate(number, None)
         raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt (SystemExit for SIGTERM) when a signal came."""
+        """Raises KeyboardInterrupt (SystemExit for one of STOPPING) when a signal came."""
         if self.requested:
             self._raise(self.received)

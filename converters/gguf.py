@@ -262,8 +262,8 @@ def calibrate(
         ),
         types=trained,
     )
-    with stage("write", enabled=progress) as bar:
-        container.embed(src, dst, codebooks, bar.set)
+    with stage("write (MB)", enabled=progress) as bar:
+        container.embed(src, dst, codebooks, lambda done, total: bar.set(done / 1e6, total / 1e6))
     layers = [i for i, cb in enumerate(next(iter(trained.values())).k) if cb is not None]
     return Calibrated(
         path=dst,

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+# Short enough that a line does not fill 80 columns: in a full one the terminal's echo of Ctrl-C begins a new line, and rich
+# draws the bar a second time.
+_BAR_WIDTH = 24
+
 
 def stderr_console() -> Console:
     """A rich console on stderr. The stream is looked up at each call, so that redirection is honoured."""
@@ -52,7 +56,7 @@ def stage(description: str, total: float | None = None, *, enabled: bool = True)
 
     columns = (
         TextColumn("{task.description:<12}"),
-        BarColumn(),
+        BarColumn(bar_width=_BAR_WIDTH),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),

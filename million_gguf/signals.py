@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+# What ends a program without a word: a request to, and the end of its terminal (not on Windows).
+STOPPING: tuple[int, ...] = (signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
+
 
 def terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """A handler for SIGTERM that unwinds the stack, so that temporary files are removed."""
+    """A handler for STOPPING that unwinds the stack, so that temporary files are removed."""
     raise SystemExit(128 + number)
 
 
@@ -24,18 +27,18 @@ _RAISING = (signal.default_int_handler, terminate)  # handlers of others are lef
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back while the block runs, if they would raise; they do so when it ends."""
+    """Hold Ctrl-C and STOPPING back while the block runs, if they would raise; they do so when it ends."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[signal.Signals] = []
-    held: dict[signal.Signals, Any] = {}
+    came: list[int] = []
+    held: dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *STOPPING):
             handler = signal.getsignal(number)
             if handler in _RAISING:
                 held[number] = handler
-                signal.signal(number, lambda n, frame: came.append(signal.Signals(n)))
+                signal.signal(number, lambda n, frame: came.append(n))
         yield
     finally:
         for number, handler in held.items():

@@ -56,6 +56,8 @@ def test_what_fits() -> None:
     assert bench.fitting_context(ram, 4 * GIB, f16) == 24 * 1024
     assert bench.fitting_context(ram, 4 * GIB, pq4) == (3 * GIB - (64 << 20)) // 32768
     assert bench.fitting_context(ram, 8 * GIB, f16) == 0
+    # a mask of 512 rows in f16
+    assert bench.fitting_context(ram, 4 * GIB, pq4, 1024) == (3 * GIB - (64 << 20)) // (32768 + 1024) // 256 * 256
     contexts = {"f16": 24 * 1024, "pq4": 96256, "q8_0": 0}
     shown = bench.fits_line({"memory": "RAM", "bytes_free": 8 * GIB, "context": contexts})
     assert shown == "RAM, 8.0 GiB free: 24K with f16, 94K with pq4, none with q8_0"
@@ -83,6 +85,27 @@ def test_cost_of_a_cache(demo_gguf: Path) -> None:
             assert cost.bytes_per_token == 4 * 2 * 2 * 64 * bits / 8
             assert cost.bytes(1024) == cost.bytes_fixed + 1024 * cost.bytes_per_token
         assert (model.n_vocab, model.n_ctx_train) == (2048, 2048)
+        assert model.f16_layer_bytes == 2 * 2 * 64 * 2
+
+
+@pytest.mark.native
+def test_work_space_that_grows_with_the_context(demo_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said to fit leaves room for the attention mask, on a GPU also for one layer's rows decoded to f16."""
+    from million_gguf.bindings.cache_types import parse
+
+    with memory.open_model(demo_gguf) as model:
+        costs = {name: model.cache_cost(*parse(name), kv_tail=0) for name in ("f16", "pq4")}
+        monkeypatch.setattr(bench, "ram", lambda: memory.Memory("RAM", 4 * GIB))
+        monkeypatch.setattr(bench, "gpus", lambda: [memory.Memory("GPU", 4 * GIB)])
+        on_cpu, on_gpu = (bench._fits(model, costs, 512, n_gpu_layers) for n_gpu_layers in (0, -1))
+        free = 3 * GIB - model.weight_bytes
+    mask, layer = 512 * 2, 2 * 2 * 64 * 2
+    assert [f["memory"] for f in on_gpu] == ["RAM", "GPU"] and on_gpu[:1] == on_cpu
+    for fits, extra in ((on_cpu[0], 0), (on_gpu[1], layer)):
+        for name, work in (("f16", mask), ("pq4", mask + extra)):
+            n = fits["context"][name]
+            need = costs[name].bytes(n) + n * work
+            assert 0 <= free - need <= 256 * (costs[name].bytes_per_token + work)
 
 
 @pytest.mark.native
@@ -125,6 +148,10 @@ def test_json_csv_and_plot(million: Run, program: Run, demo_gguf: Path, tmp_path
     assert contexts["f16"] < contexts["q4_0"] < contexts["pq4/pq2"]
     listed = program(*options, "--prefill", 0, "--csv")
     table = list(csv.DictReader(io.StringIO(listed.out)))
+    shown = program(*options, "--prefill", 0).out
+    assert ", 1 thread\n" in shown and "tokens: decode 4, exact tail 128; repetitions: 2\n" in shown
+    assert "prefill" not in shown  # it was not measured
+    assert [line for line in shown.splitlines() if line != line.rstrip()] == []
     assert [r["type"] for r in table] == ["f16", "q4_0", "pq4/pq2"] * 2
     assert all(float(r["decode_median_tokens_per_s"]) > 0 and r["prefill_median_tokens_per_s"] == "" for r in table)
 

@@ -38,6 +38,9 @@ def test_help_of_a_command(million: Run, command: str) -> None:
     done = million(command, "--help")
     assert done.code == 0
     assert f"million {command}" in done.out
+    assert "%%" not in done.out  # argparse formats the help of options, and not descriptions
+    line = next(line for line in million("--help").out.splitlines() if line.split()[:1] == [command])
+    assert len(line.split()) > 1  # its explanation stands beside it
 
 
 def test_every_option_is_explained() -> None:
@@ -46,7 +49,7 @@ def test_every_option_is_explained() -> None:
     subparsers = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     for name, parser in subparsers.choices.items():
         for action in parser._actions:
-            if action.option_strings:
+            if action.option_strings or action.dest == "model":
                 assert action.help, f"million {name} {action.option_strings}"
 
 
@@ -145,6 +148,18 @@ def test_an_empty_prompt_is_refused(program: Run, tiny: Path) -> None:
 
 
 @pytest.mark.native
+def test_inspect_fits_80_columns(program: Run, demo_gguf: Path) -> None:
+    terminal = Terminal("inspect", str(demo_gguf))
+    shown = terminal.rest()
+    assert terminal.exit_code() == 0
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
+    for heading in ("KiB per token", "K measured", "V measured", "pq2, largest measured: blk."):
+        assert heading in shown  # on one line
+    piped = program("inspect", demo_gguf).out
+    assert [line for line in piped.splitlines() if line != line.rstrip()] == []
+
+
+@pytest.mark.native
 def test_one_shot(program: Run, demo_gguf: Path) -> None:
     done = program("chat", demo_gguf, "-p", "The history of the", "-n", 12, "--temp", 0, "--stats", "-c", 512)
     assert done.code == 0, done.err
@@ -152,7 +167,8 @@ def test_one_shot(program: Run, demo_gguf: Path) -> None:
     assert "KV cache pq4" in done.err  # auto
     assert "4.00x smaller" in done.err
     assert "tokens/s" in done.err
-    assert done.err.count("\n") == 2  # nothing of what llama.cpp logs
+    assert done.err.count("\n") == 3  # nothing of what llama.cpp logs
+    assert max(map(len, done.err.splitlines())) <= 80
 
 
 @pytest.mark.native
@@ -182,7 +198,8 @@ def test_kv_types_are_checked(program: Run, demo_gguf: Path) -> None:
 @pytest.mark.native
 def test_interactive(demo_gguf: Path) -> None:
     """At a terminal: Ctrl-C stops an answer and not the program, /reset and Ctrl-D do what they say."""
-    terminal = Terminal("chat", str(demo_gguf), "--temp", "0", "-n", "1000", "-c", "2048", "--stats")
+    terminal = Terminal("chat", str(demo_gguf), "--temp", "0", "-n", "1000", "--stats")
+    terminal.wait_for("context 2048")  # no longer than the model's, unless that is asked for
     terminal.wait_for("base model")
     terminal.wait_for("> ")
     terminal.type("The history of the\n")

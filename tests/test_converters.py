@@ -501,7 +501,7 @@ def interrupt(number: int, stage: str, *args: object, until: Callable[[], bool] 
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, number: int, code: int) -> None:
     vendor = tmp_path / "vendor"
     vendor.mkdir()
@@ -516,7 +516,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, number: int, c
 
 @pytest.mark.native
 @pytest.mark.parametrize("stage", ["capture", "train", "write"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_calibration_leaves_nothing(
     plain_gguf: Path, tmp_path: Path, stage: str, number: int, code: int
 ) -> None:

@@ -210,6 +210,8 @@ def test_table_csv_and_plot(program: Run, demo_gguf: Path, text: Path, tmp_path:
     assert shown.code == 0, shown.err
     for word in ("f16", "q8_0", "q4_0", "pq4", "pq3", "pq2", "KL 99.9%", "same top", "B/token", "base"):
         assert word in shown.out
+    assert [line for line in shown.out.splitlines() if line != line.rstrip()] == []
+    assert "━" not in shown.err and "\x1b" not in shown.out + shown.err
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")] == []
     listed = program(*options, "--types", "pq4", "--csv")

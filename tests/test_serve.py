@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Result, environment
+from conftest import ROOT, Result, environment
 from test_cli import Terminal
 from test_eval import need_tool
 
@@ -114,6 +114,17 @@ def complete(client: Any, prompt: str, n: int, **extra: Any) -> str:
 def test_says_what_it_serves(server: Server) -> None:
     assert server.said == "million: serving Demo Model, pq4 cache, 8 x 1024 tokens\n"
     assert "no chat template" in server.log.read_text()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("options", [(), ("-c", 4096), ("-c", 0)])
+def test_a_slot_is_as_long_as_is_said(demo_gguf: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
+    """The default is for models with longer contexts than this one's 2048."""
+    need_tool("llama-server")
+    with Server(demo_gguf, "--parallel", 1, *options, log=tmp_path / "log") as running:
+        assert running.said.endswith(", 1 x 2048 tokens\n")
+        assert [slot["n_ctx"] for slot in slots(running)] == [2048]
+    assert ("training context" in (tmp_path / "log").read_text()) == (options == ("-c", 4096))
 
 
 @pytest.mark.native
@@ -239,6 +250,24 @@ def wait_until(true: Callable[[], bool], otherwise: str, seconds: float = 30) ->
     while not true():
         assert time.monotonic() < end, otherwise
         time.sleep(0.05)
+
+
+@pytest.mark.native
+def test_soak(demo_gguf: Path, tmp_path: Path) -> None:
+    """The script that repeats the claims about eight streams and about a kill, for a second instead of minutes."""
+    need_tool("llama-server")
+    command = [sys.executable, str(ROOT / "benchmarks" / "serve_soak.py"), str(demo_gguf), "--seconds", "1", "-t", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "soak.json")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "soak.json").read_text())
+    assert min(result["requests"]) >= 1 and result["different"] == 0
+    assert result["tokens_restored"] == result["tokens_saved"] > 100
 
 
 # ---- start and end ----

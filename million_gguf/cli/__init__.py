@@ -13,7 +13,7 @@ from importlib import import_module
 
 from .. import __version__
 from ..errors import MillionError
-from ..signals import terminate
+from ..signals import STOPPING, terminate
 
 EXIT_OK = 0
 EXIT_FAULT = 2  # a fault of the input, as argparse's own errors
@@ -30,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Product-quantized KV cache for llama.cpp: a context takes a quarter of the memory of f16.",
         epilog="'million COMMAND --help' explains a command. MILLION_DEBUG=1 shows tracebacks.",
     )
-    parser.add_argument("--version", action="version", version=f"million-gguf {__version__}")
+    # The short form is also what makes argparse's column of names wide enough for "calibrate" to stand on one line.
+    parser.add_argument("-V", "--version", action="version", version=f"million-gguf {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in _COMMANDS:
         import_module(f".{name}", __name__).add_parser(commands)
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
     # An interrupted run removes its temporary files, however it was asked to stop.
     in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+    # One that is ignored was meant to be, as nohup does with SIGHUP.
+    handled = [n for n in STOPPING if in_main_thread and signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, terminate) for number in handled}
     try:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
         code: int = args.run(args)
@@ -80,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return fail("out of memory: use a smaller context or model, or a lower --memory")
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def fail(message: str) -> int:

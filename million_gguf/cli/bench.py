@@ -8,7 +8,6 @@ import json
 import statistics
 import sys
 import tempfile
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,14 +19,14 @@ from ..container import GGUFHeader
 from ..errors import InputError, NativeError
 from ..progress import Stage, note, stage
 from .memory import CacheCost, Memory, Model, gpus, machine, open_model, ram
-from .options import DEFAULT_KV_TAIL, add_compared_types, add_runtime, at_least, compared_types
-from .output import context, significant, size, stdout_console, table
+from .options import DEFAULT_KV_TAIL, MODEL_HELP, add_compared_types, add_runtime, at_least, compared_types
+from .output import context, print_prose, print_table, significant, size, table
 
 TOOL = "llama-bench"
 _DEFAULT_DEPTHS = (0, 4096)
 _CHECK_TOKENS, _CHECK_STEPS = 160, 8  # past the exact tail, so that codes are read too
 _WORK_BYTES = 1 << 30  # for activations and the graph, beside weights and cache
-_WIDTH = 80
+_MASK_BYTES = 2  # of the attention mask (f16), per token of context and token computed at once
 _WARN_SPREAD = 0.1  # of the median, to both sides: more, and the machine was not idle
 
 
@@ -39,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "say how long a context fits this machine's memory with each. Every type's output is checked to be finite before it "
         "is timed. Times are those of llama-bench: medians, and half the range of all repetitions.",
     )
-    parser.add_argument("model", type=Path, nargs="?", metavar="MODEL.gguf")
+    parser.add_argument("model", type=Path, nargs="?", metavar="MODEL.gguf", help=MODEL_HELP)
     parser.add_argument(
         "--synthetic",
         metavar="NAME",
@@ -52,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--depths",
         type=_numbers,
         metavar="LIST",
-        help="tokens in the cache when the clock starts (default: 0,4096, or what the model was trained for)",
+        help="tokens in the cache when the clock starts (default: 0,4096, or half of what the model was trained for if that is less)",
     )
     parser.add_argument(
         "-n", "--decode", type=at_least(0), default=32, metavar="N", help="tokens to decode; 0 for none (default: 32)"
@@ -115,9 +114,10 @@ def run(args: argparse.Namespace) -> int:
     if args.synthetic is not None:
         facts["model"], facts["file"] = f"{args.synthetic} (random weights)", None
     if args.plot is not None:
-        plots.speed_by_depth(
-            args.plot, f"{facts['model']}: speed of KV cache types, {facts['machine']}", facts["results"]
-        )
+        title = f"{facts['model']}: speed of KV cache types"
+        subtitle = f"{facts['machine']}; median and range of {args.repetitions} repetitions"
+        kinds = [kind for kind, n in (("decode", args.decode), ("prefill", args.prefill)) if n]
+        plots.speed_by_depth(args.plot, title, [(kind, kind, facts["results"]) for kind in kinds], subtitle)
     if args.json:
         print(json.dumps(facts, indent=2))
     elif args.csv:
@@ -187,7 +187,7 @@ def benchmark(
             "file": str(model),
             "weight_bytes": opened.weight_bytes,
             "n_ctx_train": opened.n_ctx_train,
-            "machine": machine(),
+            "machine": machine(n_threads),
             "tool": f"million-gguf {__version__}",
             "n_decode": n_decode,
             "n_prefill": n_prefill,
@@ -196,7 +196,7 @@ def benchmark(
             "n_ubatch": n_ubatch,
             "n_threads": n_threads,
             "n_gpu_layers": n_gpu_layers,
-            "fits": _fits(opened, costs, n_gpu_layers),
+            "fits": _fits(opened, costs, n_ubatch, n_gpu_layers),
         }
     with stage("check", len(pairs)) as bar:
         for k, v in pairs.values():
@@ -316,24 +316,37 @@ def _speed(results: Sequence[Mapping[str, Any]], depth: int, kind: str) -> dict[
 # ---- what fits ----
 
 
-def _fits(model: Model, costs: Mapping[str, CacheCost], n_gpu_layers: int) -> list[dict[str, Any]]:
+def _fits(model: Model, costs: Mapping[str, CacheCost], n_ubatch: int, n_gpu_layers: int) -> list[dict[str, Any]]:
     """Per memory, the longest context of each type beside the weights; 0 when these do not fit."""
-    memories = [m for m in (ram(),) if m is not None]
+    memories = [(m, 0) for m in (ram(),) if m is not None]
     if n_gpu_layers:
-        memories += gpus()
+        # CUDA's prefill decodes the rows of one layer at a time
+        memories += [(m, model.f16_layer_bytes) for m in gpus()]
     return [
         {
             "memory": memory.name,
             "bytes_free": memory.bytes_free,
-            "context": {name: fitting_context(memory, model.weight_bytes, cost) for name, cost in costs.items()},
+            "context": {
+                name: fitting_context(
+                    memory,
+                    model.weight_bytes,
+                    cost,
+                    work_per_token=_MASK_BYTES * n_ubatch + (0 if name == "f16" else decoded_bytes),
+                )
+                for name, cost in costs.items()
+            },
         }
-        for memory in memories
+        for memory, decoded_bytes in memories
     ]
 
 
-def fitting_context(memory: Memory, weight_bytes: int, cost: CacheCost) -> int:
-    """The longest context that fits beside weights and work space; 0 for none."""
-    return cost.context(memory.bytes_free - weight_bytes - _WORK_BYTES)
+def fitting_context(memory: Memory, weight_bytes: int, cost: CacheCost, work_per_token: float = 0.0) -> int:
+    """The longest context that fits beside weights and work space; 0 for none.
+
+    Args:
+        work_per_token: bytes of work space that one more token of context takes.
+    """
+    return cost.context(memory.bytes_free - weight_bytes - _WORK_BYTES, work_per_token)
 
 
 def fits_line(fits: Mapping[str, Any]) -> str:
@@ -358,15 +371,16 @@ def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _print_tables(facts: dict[str, Any]) -> None:
     where = f", {facts['file']}" if facts["file"] is not None else ""
+    kinds = [(kind, facts[f"n_{kind}"]) for kind in ("decode", "prefill") if facts[f"n_{kind}"]]
     print(f"model  {facts['model']}{where} ({size(facts['weight_bytes'])} of weights)")
     print(f"run    {facts['machine']}")
+    measured = ", ".join(f"{kind} {n}" for kind, n in kinds)
     print(
-        f"       decode of {facts['n_decode']}, prefill of {facts['n_prefill']} tokens, {facts['n_repetitions']} times\n",
-        flush=True,
+        f"       tokens: {measured}, exact tail {facts['kv_tail']}; repetitions: {facts['n_repetitions']}\n", flush=True
     )
     made = table(
-        "Tokens per second: median, half the range of all repetitions",
-        ("depth", "cache", "memory", "decode", "±", "of f16", "prefill", "±", "of f16"),
+        "Tokens per second: median ± half the range",
+        ("depth", "cache", "memory", *(cell for kind, _ in kinds for cell in (kind, "±", "of f16"))),
         n_left=2,
     )
     rows = facts["results"]
@@ -374,16 +388,13 @@ def _print_tables(facts: dict[str, Any]) -> None:
     for i, row in enumerate(rows):
         base = next(r for r in rows if r["depth"] == row["depth"] and r["type"] == "f16")
         cells = []
-        for kind in ("decode", "prefill"):
+        for kind, _ in kinds:
             speed = row[kind]
-            if speed is None:
-                cells += ["-", "", ""]
-                continue
             spread = (speed["max"] - speed["min"]) / 2 / speed["median"]
             noisy = noisy or spread > _WARN_SPREAD
             cells += [
                 significant(speed["median"], 4),
-                f"{spread:.0%}",
+                f"{spread:.0%}" if facts["n_repetitions"] > 1 else "-",
                 f"{speed['median'] / base[kind]['median']:.2f}x",
             ]
         first = i == 0 or rows[i - 1]["depth"] != row["depth"]
@@ -391,11 +402,11 @@ def _print_tables(facts: dict[str, Any]) -> None:
         made.add_row(
             str(row["depth"]) if first else "", row["type"], size(row["cache_bytes"]), *cells, end_section=last
         )
-    stdout_console().print(made)
+    print_table(made)
     if noisy:
-        print("The spread is large: was the machine busy? Use -r for more repetitions, -t for fewer threads.")
+        print_prose("The spread is large: was the machine busy? Use -r for more repetitions, -t for fewer threads.")
     if facts["fits"]:
         trained = f" (the model was trained for {context(facts['n_ctx_train'])})" if facts["n_ctx_train"] else ""
         print(f"Context that fits beside the weights{trained}:")
         for fits in facts["fits"]:
-            print(textwrap.fill(fits_line(fits), _WIDTH, initial_indent="  ", subsequent_indent="    "))
+            print_prose(fits_line(fits), indent="  ", hanging="    ")

@@ -29,5 +29,6 @@ def run(args: argparse.Namespace) -> int:
 
 def report(done: Calibrated) -> None:
     """Say what was written, on stdout."""
-    errors = ", ".join(f"{name} K {k:.4f} V {v:.4f}" for name, (k, v) in done.errors.items())
-    print(f"{done.path}: codebooks for {done.n_layer} layers from {done.n_tokens} tokens (relative error: {errors})")
+    print(f"{done.path}: codebooks for {done.n_layer} layers from {done.n_tokens} tokens")
+    for name, (k, v) in done.errors.items():
+        print(f"  {name}: squared error over variance K {k:.4f}, V {v:.4f}", flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -11,13 +10,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..container import GGUFHeader
 from ..errors import InputError
-from .options import add_runtime, at_least
+from ..signals import STOPPING
+from .options import MODEL_HELP, add_ctx, add_runtime, at_least, chosen_ctx
 
 if TYPE_CHECKING:
     from ..bindings.llama import Llama
 
-_HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
+_HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 _BASE_TOKENS = 256  # a base model seldom ends its text by itself
 _ROOM = 64  # tokens of the context that a prompt leaves for the answer, at least
 
@@ -29,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Chat with a model. With -p, or with a prompt on standard input, answer once and leave. A model without "
         "chat template (a base model) continues the text that it is given.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help=MODEL_HELP)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer this and leave; '-' reads standard input")
     parser.add_argument(
         "--kv",
@@ -44,9 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="N",
         help="most recent tokens that a PQ cache also keeps exact (default: 128; 0: none)",
     )
-    parser.add_argument(
-        "-c", "--ctx", type=at_least(0), default=4096, metavar="N", help="context (default: 4096; 0: the model's)"
-    )
+    add_ctx(parser, "context")
     parser.add_argument(
         "-n",
         "--max-tokens",
@@ -76,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
     from ..bindings.llama import Llama
 
+    with GGUFHeader(args.model) as header:
+        n_ctx = chosen_ctx(args.ctx, header)
     options: dict[str, Any] = {} if args.seed is None else {"seed": args.seed}
     if args.threads is not None:
         options.update(n_threads=args.threads, n_threads_batch=args.threads)
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         kv_cache=args.kv,
         kv_tail=args.kv_tail,
-        n_ctx=args.ctx,
+        n_ctx=n_ctx,
         n_gpu_layers=args.n_gpu_layers,
         verbose=args.verbose,
         **options,
@@ -113,7 +114,7 @@ def _interact(session: Session, args: argparse.Namespace) -> int:
     except ImportError:
         pass  # not on Windows
     types = "/".join(dict.fromkeys(session.llm.kv_cache_types))
-    print(f"{args.model.name}, {types} cache, context {session.llm.n_ctx()}. {_HELP}.", file=sys.stderr)
+    print(f"{args.model.name}, {types} cache, context {session.llm.n_ctx()}\n{_HELP}", file=sys.stderr)
     if not session.has_template:
         print("This is a base model (no chat template): it continues the text that you type.", file=sys.stderr)
         if args.system:
@@ -213,7 +214,7 @@ class Session:
             finally:
                 low.llama_set_abort_callback(self.llm.ctx, low.ggml_abort_callback(), None)
             self.stopped = interrupt.requested
-            if interrupt.received == signal.SIGTERM:  # that one is for the program
+            if interrupt.received in STOPPING:  # that one is for the program
                 interrupt.check()
         if self._n_tokens:
             self._rest_s = time.perf_counter() - printed_at
@@ -279,12 +280,11 @@ class Session:
         """Cache bytes and speed of the last answer, on stderr."""
         types = self.llm.kv_cache_types
         now, f16 = self.llm.kv_cache_bytes, self.llm.kv_cache_bytes_f16
-        cache = f"cache K {types[0]} V {types[1]}: {now} bytes, f16 {f16} bytes"
-        ratio = f" ({f16 / now:.2f}x smaller)" if now else ""
+        ratio = f", {f16 / now:.2f}x smaller than f16's {f16}" if now else ""
         # The first token is the prompt's; the rate is that of the others.
         rate = (self._n_tokens - 1) / self._rest_s if self._n_tokens > 1 and self._rest_s > 0 else 0.0
         speed = f"{self._n_tokens} tokens, first after {self._first_s:.2f} s, then {rate:.1f} tokens/s"
-        print(f"[{cache}{ratio}; {speed}]", file=sys.stderr, flush=True)
+        print(f"[cache K {types[0]} V {types[1]}: {now} bytes{ratio}]\n[{speed}]", file=sys.stderr, flush=True)
 
 
 def _low_level() -> Any:

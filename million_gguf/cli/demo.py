@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import paths
 from .calibrate import report
 from .options import add_calibration, calibration_arguments
+from .output import print_prose
 
 PROMPTS = ("The history of the", "To install the package, you")
 _N_TOKENS = 64
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         for i, prompt in enumerate(PROMPTS):
             print(f"\nprompt: {prompt}")
             for kv in texts:
-                print(f"{kv}: {' '.join(texts[kv][i].split())}")
+                print_prose(f"{kv}: {' '.join(texts[kv][i].split())}", hanging="     ")
         print(
             f"\nKV cache for {_N_CTX} tokens: pq4 {sizes['pq4']} bytes, f16 {sizes['f16']} bytes, "
             f"{sizes['f16'] / sizes['pq4']:.2f}x smaller"

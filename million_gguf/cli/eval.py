@@ -23,8 +23,16 @@ from ..container import GGUFHeader
 from ..errors import InputError, NativeError
 from ..progress import Stage, note, stage
 from .memory import machine, open_model
-from .options import DEFAULT_KV_TAIL, add_compared_types, add_runtime, at_least, compared_types, positive_float
-from .output import significant, size, stdout_console, table
+from .options import (
+    DEFAULT_KV_TAIL,
+    MODEL_HELP,
+    add_compared_types,
+    add_runtime,
+    at_least,
+    compared_types,
+    positive_float,
+)
+from .output import print_table, significant, size, table
 
 TOOL = "llama-perplexity"
 _DEFAULT_CTX, _DEFAULT_CHUNKS = 2048, 16
@@ -60,11 +68,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "eval",
         help="perplexity and KL divergence of cache types against f16",
         description="Run a text through a model with an f16 cache and with others, and say how far their predictions are "
-        "from f16's: perplexity, KL divergence (mean, and what 99%% and 99.9%% of the tokens stay below), and how often the "
+        "from f16's: perplexity, KL divergence (mean, and what 99% and 99.9% of the tokens stay below), and how often the "
         "most likely token is the same. The numbers are those of llama-perplexity --kl-divergence. An interrupted run goes "
         "on where it stopped when the same command is given again.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help=MODEL_HELP)
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to predict")
     add_compared_types(parser)
     parser.add_argument(
@@ -128,8 +136,9 @@ def run(args: argparse.Namespace) -> int:
         work_dir=args.work_dir,
     )
     if args.plot is not None:
-        title = f"{facts['model']}: distance of KV cache types from f16 ({_tail_in_words(facts)})"
-        plots.kl_by_bits(args.plot, title, facts["results"])
+        title = f"{facts['model']}: distance of KV cache types from f16"
+        subtitle = f"{_tail_in_words(facts)}; {facts['n_chunks']} chunks of {facts['n_ctx']} tokens of {args.text.name}"
+        plots.kl_by_bits(args.plot, title, {"": facts["results"]}, subtitle)
     if args.json:
         print(json.dumps(facts, indent=2))
     elif args.csv:
@@ -229,7 +238,7 @@ def evaluate(
         "text_sha256": digest_of_text,
         "tokens_evaluated": n_evaluated,
         **settings,
-        "machine": machine(),
+        "machine": machine(n_threads),
         "tool": f"million-gguf {__version__}",
         "results": results,
     }
@@ -599,4 +608,4 @@ def _print_table(facts: dict[str, Any]) -> None:
             "" if base else significant(row["kl_p999"]),
             "" if base else f"{row['same_top_percent']:.2f}%",
         )
-    stdout_console().print(made)
+    print_table(made)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from .. import container
 from ..container import CodebookSet, GGUFHeader
 from ..pq_ref import Codebook
+from .output import print_prose, print_table, significant, size, table
 
 _N_WORST = 5  # heads that are named
-_PIPE_WIDTH = 120  # columns when the output is not a terminal
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Show a model's KV cache geometry, its codebooks, their errors and how they were made. Every codebook "
         "is checked. A file without codebooks is no error.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help="the file; with or without codebooks")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -103,31 +102,23 @@ def _span(values: list[int]) -> str:
 
 
 def _print_tables(facts: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     rows = [
-        ("file", f"{facts['file']} ({facts['bytes'] / 1e6:.1f} MB)"),
+        ("file", f"{facts['file']} ({size(facts['bytes'])})"),
         ("model", f"{facts['name'] or 'unnamed'} ({facts['architecture']})"),
         ("layers", facts["layers"]),
         ("heads", f"{_span(facts['n_head'])} ({_span(facts['n_head_kv'])} KV)"),
         ("head size", f"K {_span(facts['head_size_k'])}, V {_span(facts['head_size_v'])}"),
         ("context", facts["context_length"]),
         ("chat template", "yes" if facts["chat_template"] else "no (completes text)"),
-        ("f16 cache", f"{facts['f16_bytes_per_token'] / 1024:.1f} KiB per token"),
+        ("f16 cache", f"{size(facts['f16_bytes_per_token'])} per token"),
     ]
     books = facts["codebooks"]
     if books is not None:
         calibration = books["calibration"]
         rows += [
-            (
-                "codebooks",
-                f"format {books['version']}, {books['bytes'] / 1e6:.2f} MB, for model {books['model_digest']}",
-            ),
+            ("codebooks", f"format {books['version']}, {size(books['bytes'])}, for model {books['model_digest']}"),
             ("calibrated", f"{calibration['tokens']} tokens, seed {calibration['seed']}, by {calibration['tool']}"),
-            ("text", f"sha256 {calibration['text_digest']}"),
+            ("text sha256", calibration["text_digest"]),
         ]
     for key, value in rows:
         print(f"{key:<14} {value}")
@@ -136,11 +127,12 @@ def _print_tables(facts: dict[str, Any]) -> None:
         return
     print(flush=True)
 
-    types = Table(box=box.SIMPLE, title="Cache types", title_justify="left")
-    for heading in ("type", "bits", "KiB per token", "of f16", "transform", "mean K error", "mean V error"):
-        types.add_column(heading, justify="left" if heading == "type" else "right")
+    made = table(
+        "Cache types; errors are squared, over the variance",
+        ("type", "bits", "KiB per token", "of f16", "transform", "K error", "V error"),
+    )
     for name, t in books["types"].items():
-        types.add_row(
+        made.add_row(
             name,
             f"{t['bits_per_element']:g}",
             f"{t['bytes_per_token'] / 1024:.2f}",
@@ -149,48 +141,39 @@ def _print_tables(facts: dict[str, Any]) -> None:
             _error(_mean(t["k_error"])),
             _error(_mean(t["v_error"])),
         )
-    console.print(types)
+    print_table(made)
 
     if any(t["k_heads"] for t in books["types"].values()):
+        print_prose(
+            "Per layer, means over its KV heads. Spread: of the variances along the axes of the transform, arithmetic over "
+            "geometric mean. Trained, measured: squared error of the scores (K) and of the attention's output (V) over their "
+            "variance, on rows that were trained on and on rows that were held back."
+        )
         for name, t in books["types"].items():
-            _print_heads(console, name, t)
+            _print_heads(name, t)
         return
-    layers = Table(box=box.SIMPLE, title="Error per layer: squared error over variance", title_justify="left")
-    layers.add_column("layer", justify="right")
-    for name in books["types"]:
-        layers.add_column(f"{name} K", justify="right")
-        layers.add_column(f"{name} V", justify="right")
-    for i in range(facts["layers"]):
-        cells = [_error(t[side][i]) for t in books["types"].values() for side in ("k_error", "v_error")]
-        layers.add_row(str(i), *cells)
-    console.print(layers)
-
-
-def _print_heads(console: Any, name: str, facts: dict[str, Any]) -> None:
-    """Means over the heads of each layer, and the heads that stand out."""
-    from rich import box
-    from rich.table import Table
-
-    console.print(
-        f"{name}, means over the heads of a layer. spread: of the variances along the axes of the transform (arithmetic\n"
-        "over geometric mean). error: of the scores (K) and of the attention's output (V), squared over variance, on rows\n"
-        "that were trained on and on rows that were not."
+    made = table(
+        "Error per layer: squared error over variance",
+        ("layer", *(f"{name} {side}" for name in books["types"] for side in "KV")),
+        n_left=0,
     )
-    table = Table(box=box.SIMPLE)
-    table.add_column("layer", justify="right")
+    for i in range(facts["layers"]):
+        made.add_row(str(i), *(_error(t[side][i]) for t in books["types"].values() for side in ("k_error", "v_error")))
+    print_table(made)
+
+
+def _print_heads(name: str, facts: dict[str, Any]) -> None:
+    """Means over the heads of each layer, and the heads that stand out."""
     sides = [(side, facts[f"{side.lower()}_heads"]) for side in "KV" if facts[f"{side.lower()}_heads"]]
-    for side, heads in sides:
-        for figure in heads:
-            table.add_column(f"{side} {figure}", justify="right")
+    made = table(f"\n{name}", ("layer", *(f"{side} {figure}" for side, heads in sides for figure in heads)), n_left=0)
     layers = range(len(next(iter(sides[0][1].values()))))
     for i in layers:
-        cells = []
-        for _, heads in sides:
-            for figure, values in heads.items():
-                mean = _mean(list(values[i]))
-                cells.append("-" if mean is None else f"{mean:.1f}" if figure == "spread" else f"{mean:.5f}")
-        table.add_row(str(i), *cells)
-    console.print(table)
+        means = [(figure, _mean(list(values[i]))) for _, heads in sides for figure, values in heads.items()]
+        made.add_row(
+            str(i),
+            *("-" if m is None else f"{m:.1f}" if figure == "spread" else significant(m) for figure, m in means),
+        )
+    print_table(made)
     ranked = sorted(
         (
             (error, side, i, h)
@@ -201,8 +184,8 @@ def _print_heads(console: Any, name: str, facts: dict[str, Any]) -> None:
         reverse=True,
     )
     if ranked:
-        worst = ", ".join(f"blk.{i} {side} head {h} ({e:.5f})" for e, side, i, h in ranked[:_N_WORST])
-        console.print(f"{name}: largest measured errors: {worst}\n", soft_wrap=True)
+        worst = ", ".join(f"blk.{i} {side} head {h} ({significant(e)})" for e, side, i, h in ranked[:_N_WORST])
+        print_prose(f"{name}, largest measured: {worst}", hanging="  ")
 
 
 def _mean(values: list[float | None]) -> float | None:

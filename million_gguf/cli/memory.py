@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bindings import native, native_log
 from ..bindings.cache_types import CacheType
-from ..container import GGUFHeader
+from ..container import GGUFHeader, model_shape
 from ..converters.capture import available_memory_bytes, default_threads
 from ..errors import InputError, MismatchError, NativeError
 
@@ -39,11 +39,16 @@ class CacheCost:
     def bytes(self, n_ctx: int) -> int:
         return int(self.bytes_fixed + self.bytes_per_token * n_ctx)
 
-    def context(self, bytes_free: float) -> int:
-        """The longest context that fits, rounded down as llama.cpp rounds; 0 when none does."""
+    def context(self, bytes_free: float, work_per_token: float = 0.0) -> int:
+        """The longest context that fits, rounded down as llama.cpp rounds; 0 when none does.
+
+        Args:
+            work_per_token: bytes beside the cache that one more token of context takes.
+        """
         if self.bytes_per_token <= 0:
             return 0
-        return max(0, int((bytes_free - self.bytes_fixed) / self.bytes_per_token) // _CTX_STEP * _CTX_STEP)
+        n = int((bytes_free - self.bytes_fixed) / (self.bytes_per_token + work_per_token))
+        return max(0, n // _CTX_STEP * _CTX_STEP)
 
 
 class Model:
@@ -66,6 +71,13 @@ class Model:
     @cached_property
     def n_vocab(self) -> int:
         return int(self._low.llama_vocab_n_tokens(self._low.llama_model_get_vocab(self._pointer)))
+
+    @cached_property
+    def f16_layer_bytes(self) -> int:
+        """Bytes per token of the K and V rows of the largest layer, in f16."""
+        with GGUFHeader(self.path) as header:
+            shape = model_shape(header)
+        return max(2 * n * (k + v) for n, k, v in zip(shape.n_head_kv, shape.D_k, shape.D_v, strict=True))
 
     @property
     def name(self) -> str:
@@ -177,10 +189,11 @@ def _cgroup_free(root: Path = Path("/sys/fs/cgroup")) -> int | None:
         return None
 
 
-def machine() -> str:
-    """Processor and GPUs in words, for the head of a result."""
+def machine(n_threads: int | None = None) -> str:
+    """Processor, threads (None: all that there are) and GPUs in words, for the head of a result."""
     names = [_processor(), *(gpu.name for gpu in gpus())]
-    return f"{names[0]}, {default_threads()} threads" + "".join(f"; {name}" for name in names[1:])
+    n = default_threads() if n_threads is None else n_threads
+    return f"{names[0]}, {n} thread{'' if n == 1 else 's'}" + "".join(f"; {name}" for name in names[1:])
 
 
 def _processor() -> str:

@@ -13,7 +13,9 @@ from ..container import GGUFHeader
 from ..converters.gguf import DEFAULT_CTX, DEFAULT_TOKENS, DEFAULT_TYPES
 from ..progress import note
 
+MODEL_HELP = "the model; PQ cache types need the codebooks that 'million calibrate' adds"
 DEFAULT_KV_TAIL = 128  # tokens that a PQ cache keeps exact
+_DEFAULT_CTX = 4096
 _COMPARED_TYPES = ("f16", "q8_0", "q4_0")
 
 
@@ -35,6 +37,25 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
     return value
+
+
+def add_ctx(parser: argparse.ArgumentParser, what: str) -> None:
+    """How long a context is; ``chosen_ctx`` turns it into a number."""
+    parser.add_argument(
+        "-c",
+        "--ctx",
+        type=at_least(0),
+        metavar="N",
+        help=f"{what} (default: {_DEFAULT_CTX}, or the model's if smaller; 0: the model's)",
+    )
+
+
+def chosen_ctx(asked: int | None, header: GGUFHeader) -> int:
+    """Tokens of context for what ``add_ctx`` read: beyond what a model was trained for only when that was asked for."""
+    trained = header.get(f"{header.get('general.architecture')}.context_length")
+    if not isinstance(trained, int) or trained < 1:
+        return asked or _DEFAULT_CTX
+    return min(_DEFAULT_CTX, trained) if asked is None else asked or trained
 
 
 def add_runtime(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -1,27 +1,36 @@
-"""Tables on stdout, and the numbers in them."""
+"""Tables and prose on stdout, and the numbers in them."""
 
 from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
+_WIDTH = 80  # of prose: what every terminal has
 _PIPE_WIDTH = 120  # columns when the output is not a terminal
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def stdout_console() -> Console:
-    """A rich console on stdout; as wide as the terminal, if it is one."""
+def print_table(made: Table) -> None:
+    """Print a table, as wide as the terminal lets it be. No line ends in spaces, as rich's do: files and diffs show them."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    with console.capture() as capture:
+        console.print(made)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
 
 
-def table(title: str, columns: tuple[str, ...], n_left: int = 1) -> Table:
+def print_prose(text: str, indent: str = "", hanging: str | None = None) -> None:
+    """Print a paragraph, broken between words; ``hanging`` is put before all lines but the first."""
+    print(textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent if hanging is None else hanging))
+
+
+def table(title: str | None, columns: tuple[str, ...], n_left: int = 1) -> Table:
     """A table without borders that fits 80 columns; the first ``n_left`` columns are text, the others numbers."""
     from rich import box
     from rich.table import Table

@@ -24,11 +24,10 @@ from ..container import GGUFHeader
 from ..errors import InputError, MismatchError, NativeError
 from ..progress import note
 from ..spec import PQ_TYPES
-from .options import add_runtime, at_least
+from .options import MODEL_HELP, add_ctx, add_runtime, at_least, chosen_ctx
 from .output import context
 
 TOOL = "llama-server"
-_DEFAULT_CTX = 4096
 _DEFAULT_SLOTS = 4
 _DEFAULT_PROMPT_CACHE_MIB = 1024  # llama-server's own 8 GiB is more than many machines have to give
 _POLL_S = 0.1
@@ -46,7 +45,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "otherwise. Ctrl-C stops it. Options of llama-server itself go after '--'.",
         usage="million serve [options] MODEL.gguf [-- LLAMA-SERVER OPTIONS]",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help=MODEL_HELP)
     parser.add_argument(
         "--kv",
         default=AUTO,
@@ -60,14 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="N",
         help="most recent tokens that a PQ cache also keeps exact (default: 128; 0: none)",
     )
-    parser.add_argument(
-        "-c",
-        "--ctx",
-        type=at_least(0),
-        default=_DEFAULT_CTX,
-        metavar="N",
-        help="context of each slot (default: %(default)s; 0: the model's)",
-    )
+    add_ctx(parser, "context of each slot")
     parser.add_argument(
         "--parallel",
         type=at_least(1),
@@ -123,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
         if template is None and "tokenizer.chat_template" not in header.kv:
             template = _BASE_TEMPLATE
             note(f"million: the model has no chat template (a base model): chat requests are written as {template}")
-        n_ctx = args.ctx or int(header.get(f"{header.get('general.architecture')}.context_length", _DEFAULT_CTX))
+        n_ctx = chosen_ctx(args.ctx, header)
+        # llama-server gives a slot no more than the model was trained for
+        n_ctx_of_slot = min(n_ctx, chosen_ctx(0, header))
     if args.api_key_file is not None and not args.api_key_file.is_file():
         raise InputError(f"no such file: {args.api_key_file}")
     if args.slot_save_path is not None:
@@ -155,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     if args.api_key is not None:
         env["LLAMA_API_KEY"] = args.api_key  # not on the command line, which every user of the machine can read
     types = k.name if k == v else f"{k.name}/{v.name}"
-    what = f"{name}, {types} cache, {args.parallel} x {context(n_ctx)} tokens"
+    what = f"{name}, {types} cache, {args.parallel} x {context(n_ctx_of_slot)} tokens"
     return _supervise(argv, env, args.host, port, what, verbose=args.verbose)
 
 
