@@ -31,10 +31,9 @@
 
 namespace pq_attn {
 
-constexpr int TILE_128  = 32; // cells of a tile
-constexpr int GROUP_128 = 8;  // cells of a group
+constexpr int TILE_128  = 32;  // cells of a tile
 constexpr int Q_STRIDE  = 136; // halves between the mapped queries of rows: neighbours lie in other banks
-constexpr int TAIL_STEP = 8;  // tail slots that a warp takes at a time: the columns of one product
+constexpr int TAIL_STEP = 8;   // tail slots that a warp takes at a time: the columns of one product
 
 // Registers bound the threads of a block: rows cost registers.
 __host__ __device__ constexpr int n_threads_128(int R) {
