@@ -2,7 +2,7 @@
 
 A codebook that fits its calibration text alone is found out here. The same seed and the same code give the same text.
 
-    python benchmarks/other_text.py -o other.txt build/upstream/llama.cpp-*/llama.cpp/ggml/src/{ggml.c,ggml-quants.c}
+    python benchmarks/other_text.py -o other.txt llama.cpp/ggml/src/{ggml.c,ggml-quants.c}
     million eval model.gguf --text other.txt
 """
 
