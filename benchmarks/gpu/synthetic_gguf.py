@@ -54,6 +54,8 @@ class Geometry:
 GEOMETRIES = {
     "llama-2-7b": Geometry(32, 4096, 32, 32, 128, 11008, 32000, 10000.0),
     "llama-3.1-8b": Geometry(32, 4096, 32, 8, 128, 14336, 128256, 500000.0),
+    # its cache and codebooks with hardly any weights: for measuring what codebooks add to loading
+    "llama-3.1-8b-cache": Geometry(32, 256, 32, 8, 128, 256, 512, 500000.0),
     "tiny": Geometry(2, 256, 8, 2, 64, 512, 512, 10000.0),  # for testing this program
 }
 
