@@ -4,7 +4,7 @@
     python benchmarks/readme_plots.py
 
 ``docs/images/kl-by-bits.png``: what a cache type costs in quality, of the files of ``--kl``: ``million eval --json``, or CSV
-with the columns type, kv_tail, kl_mean and kl_p999. ``docs/images/speed-by-depth.png``: decode speed, one panel per file of
+with the columns type, kv_tail, kl_mean and kl_p999 (and text, of which the held-out one counts). ``docs/images/speed-by-depth.png``: decode speed, one panel per file of
 ``--speed``: ``benchmarks/gpu/run.py``'s JSON or ``million bench --json``. Needs matplotlib, gguf and million_gguf (the source
 tree's will do).
 """
@@ -30,11 +30,12 @@ from million_gguf.spec import PQ_TYPES
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"
 # What the README shows now.
-_KL = [_RESULTS / "2026-11-23-cpu-ref33m-tail.csv"]
+_KL = [_RESULTS / "2026-11-25-cpu-ref33m" / "kl.csv"]
+_KL_TEXT = "heldout"
 _KL_TITLE = "ref-33m, held-out text: what a KV cache type costs"
 _SPEED = [
-    (_RESULTS / "2026-11-23-h200" / "7b-decode.json", "Llama-2-7B (32 KV heads)"),
-    (_RESULTS / "2026-11-23-h200" / "8b-decode.json", "Llama-3.1-8B (8 KV heads)"),
+    (_RESULTS / "2026-11-25-h100" / "7b-decode.json", "Llama-2-7B (32 KV heads)"),
+    (_RESULTS / "2026-11-25-h100" / "8b-decode.json", "Llama-3.1-8B (8 KV heads)"),
 ]
 _SPEED_TITLE = "Decode speed by depth, models of random weights in Q4_0"
 _TYPES = ("f16", "q8_0", "q4_0", "pq4", "pq3", "pq2")  # one colour each, whatever the order in a file
@@ -60,7 +61,9 @@ def read_kl(path: Path) -> list[Row]:
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as file:
             found = [
-                {**row, "kv_tail": int(row["kv_tail"]) if row["kv_tail"] else None} for row in csv.DictReader(file)
+                {**row, "kv_tail": int(row["kv_tail"]) if row["kv_tail"] else None}
+                for row in csv.DictReader(file)
+                if row.get("text", _KL_TEXT) == _KL_TEXT
             ]
     else:
         facts = json.loads(path.read_text(encoding="utf-8"))

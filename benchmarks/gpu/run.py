@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -71,13 +72,12 @@ def bench(
         folder,
     )
     (r,) = json.loads(out)
-    ts = sorted(r["samples_ts"])
     return {
         "kind": "prefill" if n_prompt else "decode",
         "cache": cache,
         "depth": depth,
         "tokens": n_prompt or n_gen,
-        "tokens_per_s": ts[len(ts) // 2],
+        "tokens_per_s": statistics.median(r["samples_ts"]),
         "tokens_per_s_samples": r["samples_ts"],
         "warnings": warnings(err),
         "build": r["build_commit"],
