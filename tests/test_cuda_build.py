@@ -67,7 +67,7 @@ BUDGETS = (
     Budget("attn_128_kernelILi[0-9]ELi[0-9]ELi4E", threads=512, blocks=1, spills=384),
     Budget("attn_128_kernelILi[0-9]ELi[0-9]ELi8E", threads=384, blocks=1, spills=320),
     # unpacking 6-bit codes for four rows at once: its spills are a known cost, to go with the next kernel
-    Budget("attn_kernelILi1ELi1ELi32ELi4", threads=384, blocks=1, spills=320),
+    Budget("attn_kernelILi1ELi1ELi32ELi4", threads=384, blocks=1, spills=384),
     Budget("attn_kernelILin1", threads=256, blocks=1, spills=1024),
     Budget("attn_kernel", threads=256, blocks=1, spills=160),
     Budget("combine", threads=256, blocks=2),
