@@ -214,7 +214,7 @@ PQ_DEVICE void prefetch_l2(const uint8_t * block, const side_args & s, int i, in
     }
     const uint32_t from = s.T_inv ? s.T_inv : s.centroids;
     for (uint64_t at = from + (uint64_t) i * 128; at < s.head_bytes; at += (uint64_t) n * 128) {
-        asm volatile("prefetch.global.L2 [%0];" : : "l"(block + at));
+        pq_prefetch_l2(block + at);
     }
 }
 

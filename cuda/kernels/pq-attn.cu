@@ -11,7 +11,7 @@ constexpr int MAX_SPLIT      = 256;
 constexpr int MAX_LIST       = 65535;  // tiles and tail slots of a block: u16 indexes
 constexpr int SPLIT_STEP     = 64;     // cells: whole tiles of every kernel
 constexpr int PROLOGUE_CELLS = 400;    // what a block does before its first cell takes as long as this many cells of one row
-constexpr int EARLY_CELLS    = 512;    // below it a block may well see nothing but the tail, and its codebook would be read for nothing
+constexpr int EARLY_CELLS    = 512;    // below it a block may well see nothing but the tail, and its tables would be built for nothing
 constexpr int COMBINE_CELLS  = 200;    // and merging the parts, as this many
 constexpr int MAX_NEW_ROWS   = 64;     // of a step: every block looks at the slots of all
 
@@ -257,12 +257,12 @@ static void set_args(args & a, const pq_attn_params & p, const pq_cuda_attn_plan
 }
 
 static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, void * scratch, void * counters,
-                              cudaStream_t stream) {
+                           cudaStream_t stream) {
     const smem_layout_128 s = get_smem_layout_128(p, plan.rows_per_block, plan.n_tail_warps);
     args_128 a = {};
     set_args(a, p, plan, scratch);
-    a.n_attn_blocks = plan.n_blocks;
-    a.n_tail_warps  = plan.n_tail_warps;
+    a.n_attn_blocks   = plan.n_blocks;
+    a.n_tail_warps    = plan.n_tail_warps;
     a.tail_mask_by_16 = ((uintptr_t) p.tail.mask | p.tail.mask_token_stride | p.tail.mask_stream_stride) % 16 == 0;
     a.early_tables  = plan.cells_per_split >= EARLY_CELLS;
     a.counters      = (uint32_t *) counters;

@@ -64,6 +64,10 @@ PQ_DEVICE uint2 pq_load_row_u64(const uint8_t * p) {
     return x;
 }
 
+PQ_DEVICE void pq_prefetch_l2(const uint8_t * p) {
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(p));
+}
+
 // ---- shared memory ----
 
 // Dynamic shared memory begins at 0, and from 9.0 on after the 1 KB that the system keeps, in a kernel without static
@@ -125,10 +129,6 @@ PQ_DEVICE void pq_store_shared_u32(uint32_t address, uint32_t x) {
 // line comes to L2: the heads beside this one are other blocks' work of the same time.
 PQ_DEVICE void pq_copy_async(uint32_t shared, const uint8_t * global) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" : : "r"(shared), "l"(global) : "memory");
-}
-
-PQ_DEVICE void pq_prefetch_l2(const uint8_t * p) {
-    asm volatile("prefetch.global.L2 [%0];" : : "l"(p));
 }
 
 PQ_DEVICE void pq_copy_commit() {
