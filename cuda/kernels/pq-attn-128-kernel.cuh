@@ -4,8 +4,9 @@
 //
 // A block has a multiprocessor to itself. It serves one KV head, up to R of its query rows and one part of the context:
 //
-//   1  builds the tables, ahead of the kernel before it: the centroids of K and V in shared memory, one row of 256 bytes per centroid
-//      index, so that a code byte becomes an address with one PRMT (byte 1 of the address is the code, byte 0 belongs to the lane);
+//   1  asks for everything that does not depend on the kernel ahead in the stream, while that one still runs: centroids, masks, and the codes
+//      of its first tiles. It builds the tables: the centroids of K and V in shared memory, one row of 256 bytes per centroid index, so that a
+//      code byte becomes an address with one PRMT (byte 1 of the address is the code, byte 0 belongs to the lane);
 //   2  maps the queries (q' = T^-1 q, and q.mu) with a tensor-core product;
 //   3  some warps attend to the exact tail; all take tiles of 32 cells, each with a softmax of its own. Tiles that nobody sees are never read;
 //   4  merges its warps. The last block of a row group to come here merges the parts (nobody waits for anybody);
@@ -23,16 +24,23 @@
 //       weights, so a product is four multiply-adds per lane, from halves into floats. More rows: the half2 of two cells are
 //       re-packed by element, and B has the weights of two rows for those lanes' cells.
 //
+// Weights of a model pass through L2 between one launch and the next and leave no instruction there: all code that a launch comes through arrives
+// from memory. So what runs once is kept small, in loops that are not unrolled.
+//
 // Both ways lookups read 32 different banks. Per cell, head and side that is 2 wavefronts of shared memory for 64 lookups.
 #pragma once
 
 #include "pq-attn-kernel.cuh" // rows, masks, tables, the V side of a lane
 #include "pq-encode-few-kernel.cuh"
+#include "pq-mma.cuh"
 
 namespace pq_attn {
 
 constexpr int TILE_128  = 32;  // cells of a tile
 constexpr int Q_STRIDE  = 136; // halves between the mapped queries of rows: neighbours lie in other banks
+constexpr int Q_SPLIT_STRIDE = 36; // words between the lanes' parts of the queries, likewise
+constexpr int T_INV_STRIDE = 136; // halves between the rows of V's T_inv, likewise
+constexpr int MAX_SPLIT = 256; // parts of the context
 constexpr int TAIL_STEP = 8;   // tail slots that a warp takes at a time: the columns of one product
 
 // Registers bound the threads of a block: rows cost registers.
@@ -41,10 +49,12 @@ __host__ __device__ constexpr int n_threads_128(int R) {
 }
 
 struct args_128 : args {
+    small_divisor by_row_groups, by_heads, by_parts; // of block indexes
     int32_t    n_attn_blocks; // the others only encode
     int32_t    n_tail_warps;
     int32_t    tail_mask_by_16;
-    int32_t    early_tables;  // build the tables before the kernel ahead has ended: they will be needed
+    int32_t    early_tables;  // load the tables ahead of everything: they will be needed
+    int32_t    settled;       // nothing but queries and new rows is still being written when the kernel starts
     uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups], then units taken, then blocks done; 0 before and after a launch
     int32_t    n_counters;    // of arrivals
     // The rows of this step, not yet written. n_new 0: they are.
@@ -373,25 +383,26 @@ PQ_DEVICE void split_half2(uint32_t & hi, uint32_t & lo, float x, float y) {
     lo = pq_as_u32(__floats2half2_rn(x - f.x, y - f.y));
 }
 
-// The lane's part of a row of floats on its way: pieces 8 i + 2 t + j.
-struct query_loads {
-    uint4 x[8];
+// They lie in shared memory as lanes take them: row g, quarter t at (4 g + t) * Q_SPLIT_STRIDE, hi then lo.
+PQ_DEVICE void store_query(uint32_t * split, int row, const float4 & x /* elements 4 lane, ... of the row, scaled */, int lane) {
+    uint32_t * to = split + (4 * row + lane % 8 / 2) * Q_SPLIT_STRIDE + 2 * (lane / 8 * 2 + lane % 2);
+    uint2 hi, lo;
+    split_half2(hi.x, lo.x, x.x, x.y);
+    split_half2(hi.y, lo.y, x.z, x.w);
+    *(uint2 *) to        = hi;
+    *(uint2 *) (to + 16) = lo;
+}
 
-    __device__ __forceinline__ void load(const uint8_t * row /* f32 [128]; NULL: zeros */, int t) {
+template <int R>
+PQ_DEVICE void load_queries(query_rows & q, const uint32_t * split, int lane) {
+    const uint4 * from = (const uint4 *) (split + min(lane, 4 * R - 1) * Q_SPLIT_STRIDE); // rows past the last repeat it
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            // not through __ldg, which the compiler may move ahead of the wait for the kernel that makes the queries
-            x[i] = row ? pq_load_row_u128(row + 16 * (i / 2 * 8 + 2 * t + i % 2)) : make_uint4(0, 0, 0, 0);
-        }
+    for (int i = 0; i < 4; i++) {
+        const uint4 hi = from[i], lo = from[4 + i];
+        q.hi[4 * i] = hi.x; q.hi[4 * i + 1] = hi.y; q.hi[4 * i + 2] = hi.z; q.hi[4 * i + 3] = hi.w;
+        q.lo[4 * i] = lo.x; q.lo[4 * i + 1] = lo.y; q.lo[4 * i + 2] = lo.z; q.lo[4 * i + 3] = lo.w;
     }
-    __device__ __forceinline__ void split(query_rows & q, float scale) const {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            split_half2(q.hi[2 * i],     q.lo[2 * i],     __uint_as_float(x[i].x) * scale, __uint_as_float(x[i].y) * scale);
-            split_half2(q.hi[2 * i + 1], q.lo[2 * i + 1], __uint_as_float(x[i].z) * scale, __uint_as_float(x[i].w) * scale);
-        }
-    }
-};
+}
 
 // Products of the queries with 8 rows of halves: x, y are those of query g with rows 2t and 2t + 1. b: pieces 4 i + t of row g.
 PQ_DEVICE void dot_rows(float & x, float & y, const query_rows & q, const uint4 (&b)[4]) {
@@ -413,14 +424,19 @@ PQ_DEVICE void load_T_inv(uint4 (&b)[4], const side_args & k, const uint8_t * bl
     }
 }
 
-// q' of the rows to q_map, half [R][Q_STRIDE], and q.mu to the rows. All warps of the block call it.
+// q' of the rows to q_map, half [R][Q_STRIDE]. All warps of the block call it.
 template <int R, int NW>
-PQ_DEVICE void map_queries_128(__half * q_map, row_info * rows, const query_rows & q, const side_args & k, const uint8_t * block, uint4 (&b)[4] /* of the warp's first 8 rows */,
+PQ_DEVICE void map_queries_128(__half * q_map, const query_rows & q, const side_args & k, const uint8_t * block, uint4 (&b)[4] /* of the warp's first 8 rows */,
                                int warp, int lane) {
     const int g = lane / 4, t = lane % 4;
     if (k.T_inv != 0) {
-        for (int j = 8 * warp; j < 128; j += 8 * NW) {
-            if (j != 8 * warp) {
+#pragma unroll
+        for (int i = 0; i < (16 + NW - 1) / NW; i++) {
+            const int j = 8 * (warp + i * NW);
+            if (i > 0) {
+                if (j >= 128) {
+                    break;
+                }
                 load_T_inv(b, k, block, j, lane);
             }
             float x, y;
@@ -435,50 +451,46 @@ PQ_DEVICE void map_queries_128(__half * q_map, row_info * rows, const query_rows
             *(uint4 *) (q_map + g * Q_STRIDE + 32 * i + 8 * t) = make_uint4(q.hi[4 * i], q.hi[4 * i + 1], q.hi[4 * i + 2], q.hi[4 * i + 3]);
         }
     }
-    if (warp == NW - 1) {
-        const float2 * mu = (const float2 *) (block + k.mu);
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const float2 m = __ldg(mu + 16 * (i / 4) + 4 * t + i % 4);
-            const float2 h = pq_half2_to_float2(q.hi[i]), l = pq_half2_to_float2(q.lo[i]);
-            sum = fmaf(h.x + l.x, m.x, fmaf(h.y + l.y, m.y, sum));
-        }
-        sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 1);
-        sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 2);
-        if (t == 0 && g < R) {
-            rows[g].q_mu = sum;
-        }
-    }
 }
 
 // ---- the exact tail ----
 
-// Row i of the new ones, K and V in turns, on its way to the tail as f16. Blocks of the same slots write the same.
-struct new_row {
-    int64_t slot;
-    float4  x;
+// Writes the new rows to the tail as f16, K and V in turns. Blocks of the same slots write the same.
+PQ_DEVICE void write_tail_128(const args_128 & a, int stream, int head_kv, int64_t slot0, int64_t n_slots, int warp, int n_warps, int lane) {
+#pragma unroll 1
+    for (int i = warp; i < 2 * a.n_new; i += n_warps) {
+        const pq_encode_params & p = a.new_rows.side[i & 1].p;
+        const int64_t slot = p.tail_idx[i / 2];
+        const float4  x    = *((const float4 *) ((const uint8_t *) p.x + i / 2 * p.x_row_stride + head_kv * p.x_head_stride) + lane);
+        const int64_t here = slot - a.slot_base - stream * a.slots_per_stream - slot0;
+        if (here >= 0 && here < n_slots) {
+            union { __half2 h[2]; uint2 u; } y;
+            y.h[0] = __floats2half2_rn(x.x, x.y);
+            y.h[1] = __floats2half2_rn(x.z, x.w);
+            *((uint2 *) (p.tail + slot * p.tail_row_stride + head_kv * 256) + lane) = y.u;
+        }
+    }
+}
 
-    __device__ __forceinline__ void load(const args_128 & a, int i, int head_kv, int lane) {
-        if (i < 2 * a.n_new) {
-            const pq_encode_params & p = a.new_rows.side[i & 1].p;
-            slot = p.tail_idx[i / 2];
-            x    = *((const float4 *) ((const uint8_t *) p.x + i / 2 * p.x_row_stride + head_kv * p.x_head_stride) + lane);
+// Whether somebody sees one of n cells, N of them most of the time. by_16: masks lie at multiples of 16 bytes
+template <int N>
+PQ_DEVICE bool any_cell_seen(const uint8_t * mask, int64_t cell0, int n, bool by_16) {
+    const uint8_t * m = mask + cell0 * 2;
+    uint32_t seen = 0;
+    if (by_16 && n == N) {
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) {
+            const uint4 v = __ldg((const uint4 *) m + i);
+            seen |= (v.x ^ 0xfc00fc00u) | (v.y ^ 0xfc00fc00u) | (v.z ^ 0xfc00fc00u) | (v.w ^ 0xfc00fc00u);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < n; i++) {
+            seen |= ((const uint16_t *) m)[i] ^ 0xfc00u;
         }
     }
-    __device__ __forceinline__ void store(const args_128 & a, int i, int stream, int head_kv, int64_t slot0, int64_t n_slots, int lane) const {
-        if (i < 2 * a.n_new) {
-            const int64_t here = slot - a.slot_base - stream * a.slots_per_stream - slot0;
-            if (here >= 0 && here < n_slots) {
-                const pq_encode_params & p = a.new_rows.side[i & 1].p;
-                union { __half2 h[2]; uint2 u; } y;
-                y.h[0] = __floats2half2_rn(x.x, x.y);
-                y.h[1] = __floats2half2_rn(x.z, x.w);
-                *((uint2 *) (p.tail + slot * p.tail_row_stride + head_kv * 256) + lane) = y.u;
-            }
-        }
-    }
-};
+    return seen != 0;
+}
 
 // Whether any row of the block sees one of the n cells (slots of the tail) from i on.
 template <int R, bool TAIL>
@@ -487,7 +499,7 @@ PQ_DEVICE bool any_seen(const args_128 & a, const row_info * rows, int64_t i, in
 #pragma unroll 1
     for (int r = 0; r < R; r++) {
         const uint8_t * mask = TAIL ? rows[r].tail_mask : rows[r].mask;
-        if (mask == nullptr || (mask != before && cells_live(mask, i, n, TAIL ? a.tail_mask_by_16 : a.mask_by_16))) {
+        if (mask == nullptr || (mask != before && any_cell_seen<TAIL ? TAIL_STEP : TILE_128>(mask, i, n, TAIL ? a.tail_mask_by_16 : a.mask_by_16))) {
             return true;
         }
         before = mask;
@@ -495,11 +507,36 @@ PQ_DEVICE bool any_seen(const args_128 & a, const row_info * rows, int64_t i, in
     return false;
 }
 
-// Attention of R rows over a warp's share of the n_slots slots from slot0 on, in floats. Leaves the weighted sums in o [R][128], and m and the sum
-// of weights in ml [R].
-template <int R>
+// A warp's units (tiles of cells, or steps of slots) of 0 .. n - 1, first, first + stride, ..., without those that nobody sees. All lanes call it.
+struct seen_units {
+    int      first, stride, n, lane;
+    int      round; // the 32 units from this one of the warp's on
+    uint32_t live;  // those of them that are seen and not yet taken
+
+    __device__ __forceinline__ seen_units(int first, int stride, int n, int lane) : first(first), stride(stride), n(n), lane(lane), round(-PQ_WARP), live(0) {}
+
+    // seen(i): whether somebody sees unit i. Returns -1 at the end.
+    template <class SEEN>
+    __device__ __forceinline__ int next(SEEN seen) {
+        while (live == 0) {
+            round += PQ_WARP;
+            if (first + round * stride >= n) {
+                return -1;
+            }
+            const int i = first + (round + lane) * stride;
+            live = __ballot_sync(PQ_FULL_WARP, i < n && seen(i));
+        }
+        const int i = __ffs(live) - 1;
+        live &= live - 1;
+        return first + (round + i) * stride;
+    }
+};
+
+// Attention of R rows over a warp's share of the n_slots slots from slot0 on, in floats: `step` of `steps` is the first that somebody sees
+// (seen_step says which are). Leaves the weighted sums in o [R][128], and m and the sum of weights in ml [R].
+template <int R, class SEEN>
 PQ_DEVICE void attend_tail_128(float * o, float2 * ml, const args_128 & a, const row_info * rows, const query_rows & q, int stream, int head_kv, int64_t slot0,
-                               int n_slots, int warp, int n_warps, int lane) {
+                               int n_slots, int step, seen_units & steps, SEEN seen_step, int lane) {
     const int g = lane / 4, t = lane % 4;
     const pq_attn_tail & tail = a.p.tail;
     const uint8_t  * k    = tail.k + stream * tail.k_stream_stride + head_kv * tail.k_head_stride + slot0 * tail.k_row_stride + 16 * t;
@@ -507,21 +544,8 @@ PQ_DEVICE void attend_tail_128(float * o, float2 * ml, const args_128 & a, const
     const uint16_t * mask = (const uint16_t *) rows[min(g, R - 1)].tail_mask + slot0;
     const float     slope = rows[min(g, R - 1)].slope;
     float acc[R][4] = {}, m = -CUDART_INF_F, sum = 0.0f;
-    uint32_t live = 0; // of the warp's 32 steps from `step` on, those not yet taken that somebody sees
-    for (int step = -PQ_WARP;;) {
-        while (live == 0) {
-            step += PQ_WARP;
-            if ((warp + step * n_warps) * TAIL_STEP >= n_slots) {
-                break;
-            }
-            const int at = (warp + (step + lane) * n_warps) * TAIL_STEP;
-            live = __ballot_sync(PQ_FULL_WARP, at < n_slots && any_seen<R, true>(a, rows, slot0 + at, min(TAIL_STEP, n_slots - at)));
-        }
-        if (live == 0) {
-            break;
-        }
-        const int s0 = (warp + (step + __ffs(live) - 1) * n_warps) * TAIL_STEP;
-        live &= live - 1;
+    for (; step >= 0; step = steps.next(seen_step)) {
+        const int s0 = step * TAIL_STEP;
         const uint8_t * k_row = k + min(s0 + g, n_slots - 1) * tail.k_row_stride;
         const uint4 b[4] = { pq_load_row_u128(k_row), pq_load_row_u128(k_row + 64), pq_load_row_u128(k_row + 128), pq_load_row_u128(k_row + 192) };
         uint2 y[TAIL_STEP];
@@ -541,7 +565,7 @@ PQ_DEVICE void attend_tail_128(float * o, float2 * ml, const args_128 & a, const
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (a.p.logit_softcap != 0.0f) {
-                s[i] = a.cap_log2e * tanhf(s[i] * a.cap_inv);
+                s[i] = a.cap_log2e * pq_tanh(s[i] * a.cap_inv);
             }
             s[i]  = bias[i] == 0xfc00 ? -CUDART_INF_F : fmaf(slope, __half2float(__ushort_as_half((unsigned short) bias[i])), s[i]);
             m_new = fmaxf(m_new, s[i]);
@@ -608,7 +632,7 @@ struct tile_source {
                 pq_copy_async(lane_dst + 512 * j, src + (uint64_t) (j * (PQ_WARP / N)) * row_stride);
             }
         } else {
-#pragma unroll
+#pragma unroll N == 3 ? 3 : 1
             for (int j = 0; j < N; j++) {
                 const int piece = j * PQ_WARP + lane;
                 const int down  = min(piece / N, n - 1) - lane / N, right = piece % N - lane % N;
@@ -618,23 +642,214 @@ struct tile_source {
     }
 };
 
+// A thread's part of a table of D = 128, on its way from the codebook to shared memory. Blocks of the same head begin at different places (first),
+// or they would all want the same few lines of L2 at a time.
+template <int TYPE, table_order ORDER, int NT>
+struct table_part {
+    typedef table_item<TYPE, ORDER> item_t;
+    enum { COUNT = 16 * item_t::KSUB / item_t::N_CEN, N = (COUNT + NT - 1) / NT };
+    item_t items[N];
+
+    static __device__ __forceinline__ int first(int split, int n_split) { return (int) ((uint32_t) split * COUNT / n_split) & ~31; }
+
+    __device__ __forceinline__ void load(const uint8_t * centroids, int first, int tid) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (COUNT % NT == 0 || tid + i * NT < COUNT) {
+                items[i].load(centroids, (first + tid + i * NT) % COUNT, 128);
+            }
+        }
+    }
+    __device__ __forceinline__ void store(uint8_t * table, int first, int tid) const {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            if (COUNT % NT == 0 || tid + i * NT < COUNT) {
+                items[i].store(table, (first + tid + i * NT) % COUNT, 128);
+            }
+        }
+    }
+};
+
+// ---- the result ----
+
+constexpr uint32_t V_MAP_BYTES = 128 * T_INV_STRIDE * sizeof(__half) + 128 * sizeof(float);
+
+// V's T_inv, half [128][T_INV_STRIDE], and mu, float [128], on their way to shared memory.
+template <int NT>
+PQ_DEVICE void copy_v_map(uint32_t shared, const uint8_t * v_block, const side_args & v, int tid) {
+#pragma unroll 1
+    for (int i = tid; v.T_inv && i < 128 * 16; i += NT) {
+        pq_copy_async(shared + i / 16 * (T_INV_STRIDE * 2) + i % 16 * 16, v_block + v.T_inv + i * 16);
+    }
+    if (tid < 32) {
+        pq_copy_async(shared + 128 * T_INV_STRIDE * 2 + tid * 16, v_block + v.mu + tid * 16);
+    }
+    pq_copy_commit();
+}
+
+// The weights of n parts of a row, and what they come to: {m, weight of the coded part, weight of the tail}. A warp calls it.
+PQ_DEVICE void weigh_parts(const float * records, int record_floats, int n, float * weights, float * head, int lane) {
+    auto header = [&](int part) { return __ldcg((const float4 *) (records + (size_t) part * record_floats)); };
+    const float4 first = lane < n ? header(lane) : make_float4(-CUDART_INF_F, 0.0f, 0.0f, 0.0f); // most often there are no more
+    float top = first.x, coded = 0.0f, tail = 0.0f;
+#pragma unroll 1
+    for (int part = lane + PQ_WARP; part < n; part += PQ_WARP) {
+        top = fmaxf(top, header(part).x);
+    }
+    top = pq_warp_max(top);
+    const float ref = top == -CUDART_INF_F ? 0.0f : top;
+#pragma unroll 1
+    for (int part = lane; part < n; part += PQ_WARP) {
+        const float4 h = part == lane ? first : header(part);
+        const float  w = pq_exp2(h.x - ref);
+        weights[part] = w;
+        coded = fmaf(w, h.y, coded);
+        tail  = fmaf(w, h.z, tail);
+    }
+    coded = pq_warp_sum(coded);
+    tail  = pq_warp_sum(tail);
+    if (lane == 0) {
+        *(float4 *) head = make_float4(top, coded, tail, 0.0f);
+    }
+}
+
+// Merges the parts of the context, records [R][n_split][4 + 256] of which n_rows rows exist, to sums and head. All threads of the block call it.
+// work: float [R][MAX_SPLIT] + [NT][4]
+template <int R, int NT>
+PQ_DEVICE void merge_parts_128(const args_128 & a, const float * records, int n_rows, float * sums, float * head, float * work) {
+    constexpr int COLS   = R * 2 * 128 / 4;               // of four floats
+    constexpr int GROUPS = NT > COLS ? NT / COLS : 1;     // of threads that share the parts
+    constexpr int AHEAD  = 8;                             // parts of a thread on their way at a time
+    constexpr int RECORD = 4 + 2 * 128;
+    const int tid = threadIdx.x, lane = tid % PQ_WARP, warp = tid / PQ_WARP;
+    float  * weights = work;                              // [R][n_split]
+    float4 * partial = (float4 *) (work + R * MAX_SPLIT); // [GROUPS][COLS]
+    const int group = tid / COLS;
+#pragma unroll 1
+    for (int col0 = 0; col0 < COLS; col0 += NT) {
+        const int  c    = col0 + tid % COLS, r = c / 64;
+        const bool here = group < GROUPS && c < COLS && r < n_rows;
+        const float4 * from = (const float4 *) (records + (size_t) r * a.n_split * RECORD + 4) + c % 64;
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+        for (int part0 = 0; part0 < a.n_split; part0 += AHEAD * GROUPS) {
+            float4 y[AHEAD];
+#pragma unroll
+            for (int e = 0; e < AHEAD; e++) {
+                const int part = part0 + group + e * GROUPS;
+                y[e] = here && part < a.n_split ? __ldcg(from + part * (RECORD / 4)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            }
+            if (part0 + col0 == 0) { // while they are on their way
+                if (warp < R) {
+                    weigh_parts(records + (size_t) warp * a.n_split * RECORD, RECORD, warp < n_rows ? a.n_split : 0, weights + warp * a.n_split, head + 4 * warp, lane);
+                }
+                __syncthreads();
+            }
+#pragma unroll
+            for (int e = 0; e < AHEAD; e++) {
+                const float w = here ? weights[r * a.n_split + min(part0 + group + e * GROUPS, a.n_split - 1)] : 0.0f;
+                x.x = fmaf(w, y[e].x, x.x);
+                x.y = fmaf(w, y[e].y, x.y);
+                x.z = fmaf(w, y[e].z, x.z);
+                x.w = fmaf(w, y[e].w, x.w);
+            }
+        }
+        if (group < GROUPS && c < COLS) {
+            partial[group * COLS + c] = x;
+        }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = tid; i < R * 2 * 128; i += NT) {
+        const int r = i / 256, d = i % 256;
+        float x = 0.0f;
+#pragma unroll
+        for (int k = 0; k < GROUPS; k++) {
+            x += ((const float *) partial)[k * COLS * 4 + i];
+        }
+        sums[d / 128 * R * 128 + r * 128 + d % 128] = x;
+    }
+}
+
+// Writes the rows of a block from sums and head, in units of the whole: the weight of the coded part makes its elements as small as centroids, so that
+// two halves hold a float. v_map: see copy_v_map
+template <int R, int NW>
+PQ_DEVICE void write_rows_128(const args_128 & a, const row_info * rows, const float * sums, const float * head, const __half * v_map, int warp, int lane) {
+    const int g = lane / 4, t = lane % 4, r = min(g, R - 1);
+    const float m = head[4 * r], coded = head[4 * r + 1], tail = head[4 * r + 2];
+    bool any_coded = false;
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        any_coded = any_coded || head[4 * i + 1] != 0.0f;
+    }
+    float sum = coded + tail, weight = 1.0f;
+    if (a.p.sinks) {
+        const float sink = rows[r].sink;
+        if (sink > m) {
+            weight = pq_exp2(m - sink);
+            sum    = sum * weight + 1.0f;
+        } else if (m != -CUDART_INF_F) {
+            sum += pq_exp2(sink - m);
+        }
+    }
+    const float f = sum == 0.0f ? 0.0f : weight / sum;
+    const float * x = sums + r * 128, * x_tail = sums + (R + r) * 128, * mu = (const float *) (v_map + 128 * T_INV_STRIDE);
+    const bool map = any_coded && a.v.T_inv != 0;
+#pragma unroll
+    for (int i = 0; i < (16 + NW - 1) / NW; i++) {
+        const int j = 8 * (warp + i * NW);
+        if (j >= 128) {
+            break;
+        }
+        float y0, y1;
+        if (map) { // rows 0..7 of A: halves, rows 8..15: what rounding took off
+            float c[2][4] = {};
+#pragma unroll
+            for (int k = 0; k < 128; k += 32) {
+                uint32_t b[4];
+                pq_ldmatrix_trans(b, v_map + (k + lane) * T_INV_STRIDE + j);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float2 u = *(const float2 *) (x + k + 16 * i + 2 * t), v = *(const float2 *) (x + k + 16 * i + 8 + 2 * t);
+                    uint32_t hi[2], lo[2];
+                    split_half2(hi[0], lo[0], u.x * f, u.y * f);
+                    split_half2(hi[1], lo[1], v.x * f, v.y * f);
+                    pq_mma_m16n8k16(c[i], hi[0], lo[0], hi[1], lo[1], b[2 * i], b[2 * i + 1]);
+                }
+            }
+            y0 = c[0][0] + c[0][2] + (c[1][0] + c[1][2]);
+            y1 = c[0][1] + c[0][3] + (c[1][1] + c[1][3]);
+        } else {
+            y0 = x[j + 2 * t] * f;
+            y1 = x[j + 2 * t + 1] * f;
+        }
+        if (any_coded) {
+            y0 = fmaf(mu[j + 2 * t],     coded * f, y0);
+            y1 = fmaf(mu[j + 2 * t + 1], coded * f, y1);
+        }
+        if (g < R && rows[r].valid) {
+            float * dst = (float *) rows[r].dst + j + 2 * t;
+            dst[0] = tail != 0.0f ? fmaf(x_tail[j + 2 * t],     f, y0) : y0;
+            dst[1] = tail != 0.0f ? fmaf(x_tail[j + 2 * t + 1], f, y1) : y1;
+        }
+    }
+}
+
 // ---- encoding ----
 
 // One function per type, called and not inlined: the registers of the attention loop are counted.
 template <int TYPE>
-__device__ __noinline__ void encode_unit(const pq_encode_side & side, int head, int col0, int64_t row0, pq_encode_few_smem & s) {
+__device__ __noinline__ void encode_unit(const pq_encode_side & side, int head, int col0, int64_t row0, pq_encode_few_smem<128> & s) {
     pq_encode_few<TYPE, true>(side, head, col0, row0, s);
 }
 
 // Takes units until there are none; `unit` is the first (negative: one from the queue). Units below n_given are not in the queue.
 template <int KT, int VT, int NT>
-PQ_DEVICE void encode_units(const args_128 & a, uint8_t * smem, int unit, int n_given) {
+__device__ __noinline__ void encode_units(const args_128 & a, uint8_t * smem, int unit, int n_given) {
     constexpr int N_STRIP = 128 / PQ_ENCODE_STRIP;
-    const int group = threadIdx.x / PQ_ENCODE_THREADS;
-    if (group >= NT / PQ_ENCODE_THREADS) {
-        return;
-    }
-    pq_encode_few_smem & s = ((pq_encode_few_smem *) smem)[group];
+    static_assert(NT % PQ_ENCODE_FEW_THREADS == 0, "every thread is of a group");
+    const int group = threadIdx.x / PQ_ENCODE_FEW_THREADS;
+    pq_encode_few_smem<128> & s = ((pq_encode_few_smem<128> *) smem)[group];
     for (;;) {
         if (unit < 0) {
             if (pq_encode_thread<true>() == 0) {
@@ -653,6 +868,9 @@ PQ_DEVICE void encode_units(const args_128 & a, uint8_t * smem, int unit, int n_
             encode_unit<KT>(a.new_rows.side[0], head, col0, row0, s);
         } else {
             encode_unit<VT>(a.new_rows.side[1], head - a.p.n_head_kv, col0, row0, s);
+        }
+        if (n_given >= a.n_units) {
+            break;
         }
         unit = -1;
         pq_encode_sync<true>();
@@ -683,7 +901,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     constexpr int N_Q = R == 1 ? 16 : 32;
     constexpr int N_O = R == 1 ? 2 : 2 * R;
     constexpr int N_S = softmax_lane<R>::N;
-    constexpr int N_GROUP_ENCODE = NT / PQ_ENCODE_THREADS;
+    constexpr int N_GROUP_ENCODE = NT / PQ_ENCODE_FEW_THREADS;
     constexpr uint32_t V_TABLE = table_bytes(KT, L);
     constexpr uint32_t K_BYTES = TILE_128 * 16 * k_words<KT>::N, V_BYTES = TILE_128 * 16 * k_words<VT>::N;
 
@@ -694,6 +912,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     float2   * tail_ml = ml + NW * R;                           // the same of the tail [n_tail_warps][R]
     float    * head    = (float *) (tail_ml + NW * R);          // [R][4]: m, weight of the coded part, weight of the tail; then a flag
     float    * sums    = (float *)    (smem + a.smem_sums);     // [2][R][128]: coded, tail
+    uint32_t * q_split = (uint32_t *) sums;                     // [4 R][Q_SPLIT_STRIDE], before there are sums
     float    * tail_o  = (float *)    (smem + a.smem_tail);     // [n_tail_warps][R][128]
 
     const int tid = threadIdx.x, lane = tid % PQ_WARP;
@@ -706,41 +925,41 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         __trap(); // see PQ_SHARED_BASE
     }
     if ((int) blockIdx.x >= a.n_attn_blocks) {
-        encode_units<KT, VT, NT>(a, smem, (blockIdx.x - a.n_attn_blocks) * N_GROUP_ENCODE + tid / PQ_ENCODE_THREADS, n_given);
-        pq_pdl_wait(); // the counters may still be those of a kernel before this one
-        reset_counters(a);
+        encode_units<KT, VT, NT>(a, smem, (blockIdx.x - a.n_attn_blocks) * N_GROUP_ENCODE + tid / PQ_ENCODE_FEW_THREADS, n_given);
+        if (n_given < a.n_units) {
+            pq_pdl_wait(); // the counters may still be those of a kernel before this one
+            reset_counters(a);
+        }
         return;
     }
-    int b = blockIdx.x; // heads of one part of the context side by side: together they read whole rows of the cache
-    const int row_group = b % a.n_row_groups; b /= a.n_row_groups;
-    const int head_kv   = b % a.p.n_head_kv;  b /= a.p.n_head_kv;
-    const int split     = b % a.n_split;      b /= a.n_split;
-    const int stream    = b;
+    uint32_t b = blockIdx.x; // heads of one part of the context side by side: together they read whole rows of the cache
+    const int row_group = a.by_row_groups.split(b);
+    const int head_kv   = a.by_heads.split(b);
+    const int split     = a.by_parts.split(b);
+    const int stream    = (int) b;
     const int row0      = row_group * R;
     const int64_t kv0     = min(split * a.cells_per_split, a.p.n_kv);
     const int     n_cell  = (int) (min(kv0 + a.cells_per_split, a.p.n_kv) - kv0);
     const int     n_tile  = (n_cell + TILE_128 - 1) / TILE_128;
     const int64_t slot0   = min(split * a.slots_per_split, a.p.tail.n);
     const int     n_slots = (int) (min(slot0 + a.slots_per_split, a.p.tail.n) - slot0);
-    const bool    has_tail = a.p.tail.n > 0;
     const uint8_t * k_block = a.p.k.codebook + head_kv * a.k.head_bytes;
     const uint8_t * v_block = a.p.v.codebook + head_kv * a.v.head_bytes;
 
-    auto build = [&]() {
-        build_table<KT, L, BY_QUARTERS>(smem, k_block + a.k.centroids, D, tid, NT);
-        build_table<VT, L, IN_ORDER>(smem + V_TABLE, v_block + a.v.centroids, D, tid, NT);
-    };
+    const uint8_t * k_codes = a.p.k.data + stream * a.p.k.stream_stride + head_kv * a.p.k.head_stride + kv0 * a.p.k.row_stride;
+    const uint8_t * v_codes = a.p.v.data + stream * a.p.v.stream_stride + head_kv * a.p.v.head_stride + kv0 * a.p.v.row_stride;
     if (tid < R) {
         rows[tid] = get_row(a, stream, head_kv, row0 + tid);
     }
-    uint4 t_inv[4] = {};
-    if (a.early_tables) {
-        build();
-        if (a.k.T_inv) {
-            load_T_inv(t_inv, a.k, k_block, 8 * warp, lane);
-        }
-        if (a.v.T_inv && tid < D * D * 2 / 128 && split == 0) { // for the block that writes the result
-            pq_prefetch_l2(v_block + a.v.T_inv + tid * 128);
+    if (a.early_tables) { // the codebooks to L2, by all blocks of a head together
+        const int n_lines = D * D * 2 / 128, part = NT * split + tid;
+        for (int i = part; i < n_lines; i += NT * a.n_split) {
+            if (a.k.T_inv) {
+                pq_prefetch_l2(k_block + a.k.T_inv + i * 128);
+            }
+            if (a.v.T_inv) {
+                pq_prefetch_l2(v_block + a.v.T_inv + i * 128);
+            }
         }
     }
     if (R > 1) { // weights of a tile per warp, then as many zeros for the lanes of B that are off its diagonal
@@ -750,37 +969,14 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         }
     }
     __syncthreads(); // the rows
-    pq_pdl_wait();
-
-    // Everything that the block begins with is asked for before any of it is waited for.
-    query_loads ql;
-    ql.load(g < R && row0 + g < a.n_rows ? rows[g < R ? g : 0].q : nullptr, t);
-    new_row new_row_0;
-    new_row_0.load(a, warp, head_kv, lane);
 
     // The warp's tiles are first, first + NW, ... Warps that attend to the tail come last in every round.
     const int nw_tail = n_slots > 0 ? min(a.n_tail_warps, (n_slots + TAIL_STEP - 1) / TAIL_STEP) : 0;
-    const int first   = warp < nw_tail ? NW - nw_tail + warp : warp - nw_tail;
-    auto cells_of = [&](int tile) { return min(TILE_128, n_cell - tile * TILE_128); };
-    uint32_t live = 0;         // of the 32 tiles of the warp from round `round` on, those not yet taken that somebody sees
-    int      round = -PQ_WARP;
-    auto next_tile = [&]() {
-        while (live == 0) {
-            round += PQ_WARP;
-            if (first + round * NW >= n_tile) {
-                return -1;
-            }
-            const int tile = first + (round + lane) * NW;
-            live = __ballot_sync(PQ_FULL_WARP, tile < n_tile && any_seen<R, false>(a, rows, kv0 + (int64_t) tile * TILE_128, cells_of(tile)));
-        }
-        const int i = __ffs(live) - 1;
-        live &= live - 1;
-        return first + (round + i) * NW;
-    };
-    int tile = next_tile();
-
-    const uint8_t * k_codes = a.p.k.data + stream * a.p.k.stream_stride + head_kv * a.p.k.head_stride + kv0 * a.p.k.row_stride;
-    const uint8_t * v_codes = a.p.v.data + stream * a.p.v.stream_stride + head_kv * a.p.v.head_stride + kv0 * a.p.v.row_stride;
+    auto cells_of  = [&](int tile) { return min(TILE_128, n_cell - tile * TILE_128); };
+    auto seen_tile = [&](int tile) { return any_seen<R, false>(a, rows, kv0 + (int64_t) tile * TILE_128, cells_of(tile)); };
+    auto seen_step = [&](int step) { return any_seen<R, true>(a, rows, slot0 + step * TAIL_STEP, min(TAIL_STEP, n_slots - step * TAIL_STEP)); };
+    seen_units tiles(warp < nw_tail ? NW - nw_tail + warp : warp - nw_tail, NW, n_tile, lane);
+    seen_units steps(warp, nw_tail, warp < nw_tail ? (n_slots + TAIL_STEP - 1) / TAIL_STEP : 0, lane);
     const uint32_t k_tile = PQ_SHARED_BASE + a.smem_codes + warp * (K_BYTES + V_BYTES), v_tile = k_tile + K_BYTES;
     const tile_source<k_words<KT>::N> k_source(k_codes, (uint32_t) a.p.k.row_stride, k_tile, lane);
     const tile_source<k_words<VT>::N> v_source(v_codes, (uint32_t) a.p.v.row_stride, v_tile, lane);
@@ -797,30 +993,76 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         }
         pq_copy_commit();
     };
-    load_k(tile);
-    load_v(tile);
-    query_rows qr;
-    ql.split(qr, a.q_scale);
-    new_row_0.store(a, warp, stream, head_kv, slot0, n_slots, lane);
-    for (int i = warp + NW; i < 2 * a.n_new; i += NW) {
-        new_row x;
-        x.load(a, i, head_kv, lane);
-        x.store(a, i, stream, head_kv, slot0, n_slots, lane);
+    // The first tiles and the tables. Tables come second, so that codes are on their way meanwhile, unless masks must be waited for. (A loop, so
+    // that either is there once.)
+    int  tile = -1, step = -1;
+    bool any_tile = a.early_tables;
+    const int tables_turn = a.settled || !a.early_tables;
+#pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) {
+        if (turn != tables_turn) {
+            if (!a.settled) {
+                pq_pdl_wait();
+            }
+            tile = tiles.next(seen_tile);
+            load_k(tile);
+            load_v(tile);
+            step = steps.next(seen_step);
+            if (step >= 0) { // the first rows of the tail to L2, two lines each of K and V
+                const int64_t slot = slot0 + min(step * TAIL_STEP + lane / 4, n_slots - 1);
+                const uint8_t * tail_row = lane % 4 < 2 ? a.p.tail.k + stream * a.p.tail.k_stream_stride + head_kv * a.p.tail.k_head_stride + slot * a.p.tail.k_row_stride
+                                                        : a.p.tail.v + stream * a.p.tail.v_stream_stride + head_kv * a.p.tail.v_head_stride + slot * a.p.tail.v_row_stride;
+                pq_prefetch_l2(tail_row + lane % 2 * 128);
+            }
+            if (!a.early_tables) {
+                any_tile = __syncthreads_or(tile >= 0);
+            }
+        } else if (any_tile) {
+            table_part<KT, BY_QUARTERS, NT> k_table;
+            table_part<VT, IN_ORDER, NT>    v_table;
+            const int k_first = k_table.first(split, a.n_split), v_first = v_table.first(split, a.n_split);
+            k_table.load(k_block + a.k.centroids, k_first, tid);
+            v_table.load(v_block + a.v.centroids, v_first, tid);
+            k_table.store(smem, k_first, tid);
+            v_table.store(smem + V_TABLE, v_first, tid);
+        }
+    }
+    uint4  t_inv[4] = {};
+    float4 mu = {};
+    if (any_tile) {
+        if (a.k.T_inv) {
+            load_T_inv(t_inv, a.k, k_block, 8 * warp, lane);
+        }
+        if (warp < R) {
+            mu = __ldg((const float4 *) (k_block + a.k.mu) + lane);
+        }
+    }
+    if (a.settled) {
+        pq_pdl_wait();
     }
 
-    const bool any_tile = a.early_tables || __syncthreads_or(tile >= 0);
-    if (any_tile) {
-        if (!a.early_tables) {
-            if (a.k.T_inv) {
-                load_T_inv(t_inv, a.k, k_block, 8 * warp, lane);
-            }
-            build();
+    // Everything that the block still has to wait for is asked for at once.
+    if (warp < R) {
+        // not through __ldg, which the compiler may move ahead of the wait for the kernel that makes the queries
+        const uint4 u = row0 + warp < a.n_rows ? pq_load_row_u128(rows[warp].q + 16 * lane) : make_uint4(0, 0, 0, 0);
+        const float4 x = make_float4(__uint_as_float(u.x) * a.q_scale, __uint_as_float(u.y) * a.q_scale, __uint_as_float(u.z) * a.q_scale, __uint_as_float(u.w) * a.q_scale);
+        store_query(q_split, warp, x, lane);
+        const float q_mu = pq_warp_sum(fmaf(x.x, mu.x, fmaf(x.y, mu.y, fmaf(x.z, mu.z, x.w * mu.w))));
+        if (lane == 0) {
+            rows[warp].q_mu = q_mu;
         }
-        map_queries_128<R, NW>(q_map, rows, qr, a.k, k_block, t_inv, warp, lane);
     }
-    __syncthreads(); // tables, mapped queries, new rows
+    write_tail_128(a, stream, head_kv, slot0, n_slots, (warp + NW - R) % NW, NW, lane);
+
+    __syncthreads(); // queries, tables
+    query_rows qr;
+    load_queries<R>(qr, q_split, lane);
+    if (any_tile) {
+        map_queries_128<R, NW>(q_map, qr, a.k, k_block, t_inv, warp, lane);
+    }
+    __syncthreads(); // mapped queries, new rows
     if (warp < nw_tail) {
-        attend_tail_128<R>(tail_o + warp * R * D, tail_ml + warp * R, a, rows, qr, stream, head_kv, slot0, n_slots, warp, nw_tail, lane);
+        attend_tail_128<R>(tail_o + warp * R * D, tail_ml + warp * R, a, rows, qr, stream, head_kv, slot0, n_slots, step, steps, seen_step, lane);
     }
 
     float o[N_O][4], m = -CUDART_INF_F, sum = 0.0f;
@@ -900,7 +1142,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             load_mask(tile);
         }
         while (tile >= 0) {
-            const int next = next_tile();
+            const int next = tiles.next(seen_tile);
             pq_copy_wait<1>(); // of K and V of this tile, K is there
             __syncwarp();
             // The next tile is asked for as soon as this one is in registers: for one row, which has registers to spare, at once.
@@ -934,7 +1176,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             for (int e = 0; e < N_S; e++) {
                 float x = s[e] + q_mu;
                 if (a.p.logit_softcap != 0.0f) {
-                    x = a.cap_log2e * tanhf(x * a.cap_inv);
+                    x = a.cap_log2e * pq_tanh(x * a.cap_inv);
                 }
                 const uint32_t h = R > 1 && e % 2 ? mask[e / 2] >> 16 : mask[e / 2] & 0xffff;
                 s[e]  = h == 0xfc00 ? -CUDART_INF_F : fmaf(slope, __half2float(__ushort_as_half((unsigned short) h)), x);
@@ -1027,32 +1269,38 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
 
     // ---- merge the warps, and the tail ----
     float * merge = (float *) smem; // [NW][2][R][128], over the tables
-    float factor[R];
-#pragma unroll
-    for (int r = 0; r < R; r++) { // a lane per warp
+    constexpr uint32_t V_MAP = NW * 2 * R * D * sizeof(float);
+    const uint32_t v_map = PQ_SHARED_BASE + V_MAP;
+    if (a.n_split == 1 && any_tile) {
+        copy_v_map<NT>(v_map, v_block, a.v, tid);
+    }
+    if (warp < R) { // a warp per row, a lane per warp
         const float2 none  = make_float2(-CUDART_INF_F, 0.0f);
-        const float2 coded = lane < NW      ? ml[lane * R + r]      : none;
-        const float2 tail  = lane < nw_tail ? tail_ml[lane * R + r] : none;
+        const float2 coded = lane < NW      ? ml[lane * R + warp]      : none;
+        const float2 tail  = lane < nw_tail ? tail_ml[lane * R + warp] : none;
         const float  top   = pq_warp_max(fmaxf(coded.x, tail.x));
         const float  ref   = top == -CUDART_INF_F ? 0.0f : top;
-        factor[r] = pq_exp2(ml[warp * R + r].x - ref);
-        if (warp == r) {
-            const float sum_coded = pq_warp_sum(coded.y * pq_exp2(coded.x - ref)), sum_tail = pq_warp_sum(tail.y * pq_exp2(tail.x - ref));
-            if (lane == 0) {
-                *(float4 *) (head + 4 * r) = make_float4(top, sum_coded, sum_tail, 0.0f);
-            }
+        const float  sum_coded = pq_warp_sum(coded.y * pq_exp2(coded.x - ref)), sum_tail = pq_warp_sum(tail.y * pq_exp2(tail.x - ref));
+        if (lane == 0) {
+            *(float4 *) (head + 4 * warp) = make_float4(top, sum_coded, sum_tail, 0.0f);
+        }
+        if (lane < nw_tail) {
+            tail_ml[lane * R + warp].x = pq_exp2(tail.x - ref); // what the tail's sum of the warp counts for
         }
     }
+    __syncthreads();
     if (any_tile) {
         int cell, l;
         lane_place<L, true>(lane, &cell, &l);
 #pragma unroll
         for (int r = 0; r < R; r++) {
+            const float top    = head[4 * r];
+            const float factor = pq_exp2(ml[warp * R + r].x - (top == -CUDART_INF_F ? 0.0f : top));
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float x = R == 1 ? o[i / 2][i % 2 * 2]     : o[r / 2 * 4 + i][r % 2];
                 const float y = R == 1 ? o[i / 2][i % 2 * 2 + 1] : o[r / 2 * 4 + i][r % 2 + 2];
-                *(float2 *) (merge + ((warp * 2 + cell) * R + r) * D + 8 * l + 2 * (i ^ v_order)) = make_float2(x * factor[r], y * factor[r]);
+                *(float2 *) (merge + ((warp * 2 + cell) * R + r) * D + 8 * l + 2 * (i ^ v_order)) = make_float2(x * factor, y * factor);
             }
         }
     }
@@ -1068,10 +1316,9 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
                 x += merge[w * R * D + i];
             }
         }
-        const float ref = head[4 * r] == -CUDART_INF_F ? 0.0f : head[4 * r];
 #pragma unroll 4
         for (int w = 0; w < nw_tail; w++) {
-            xt = fmaf(tail_o[w * R * D + i], pq_exp2(tail_ml[w * R + r].x - ref), xt);
+            xt = fmaf(tail_o[w * R * D + i], tail_ml[w * R + r].x, xt);
         }
         if (a.n_split == 1) {
             sums[i]         = x;
@@ -1103,48 +1350,16 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         writes = head[4 * R] != 0.0f;
         if (writes) {
             __threadfence();
-            for (int i = tid; i < 2 * R * D; i += NT) {
-                const int r = i / (2 * D), d = i % (2 * D);
-                const float * record = records + (size_t) r * a.n_split * record_floats;
-                float x = 0.0f, top = -CUDART_INF_F, coded = 0.0f, tail = 0.0f;
-                for (int part = 0; part < a.n_split && row0 + r < a.n_rows; part += 8) { // eight at a time on their way
-                    float4 h[8];
-                    float  y[8];
-#pragma unroll
-                    for (int e = 0; e < 8; e++) {
-                        const float * rec = record + (size_t) min(part + e, a.n_split - 1) * record_floats;
-                        h[e] = __ldcg((const float4 *) rec);
-                        y[e] = __ldcg(rec + 4 + d);
-                    }
-                    float top_new = top;
-#pragma unroll
-                    for (int e = 0; e < 8; e++) {
-                        top_new = fmaxf(top_new, part + e < a.n_split ? h[e].x : -CUDART_INF_F);
-                    }
-                    const float ref = top_new == -CUDART_INF_F ? 0.0f : top_new;
-                    const float f   = pq_exp2(top - ref);
-                    x *= f; coded *= f; tail *= f;
-                    top = top_new;
-#pragma unroll
-                    for (int e = 0; e < 8; e++) {
-                        const float w = part + e < a.n_split ? pq_exp2(h[e].x - ref) : 0.0f;
-                        x     = fmaf(w, y[e], x);
-                        coded = fmaf(w, h[e].y, coded);
-                        tail  = fmaf(w, h[e].z, tail);
-                    }
-                }
-                sums[d / D * R * D + r * D + d % D] = x;
-                if (d == 0) {
-                    *(float4 *) (head + 4 * r) = make_float4(top, coded, tail, 0.0f);
-                }
-            }
+            copy_v_map<NT>(v_map, v_block, a.v, tid);
+            merge_parts_128<R, NT>(a, records, min(R, a.n_rows - row0), sums, head, (float *) smem);
         }
     }
     if (writes) {
+        pq_copy_wait<0>();
         __syncthreads();
-        write_rows<R, NT>(a, rows, sums, has_tail ? sums + R * D : nullptr, head, v_block, (float *) smem);
+        write_rows_128<R, NW>(a, rows, sums, head, (const __half *) (smem + V_MAP), warp, lane);
     }
-    if (a.n_units > 0) {
+    if (n_given < a.n_units) {
         __syncthreads();
         encode_units<KT, VT, NT>(a, smem, -1, n_given);
         reset_counters(a);

@@ -65,6 +65,22 @@ struct side_args {
     int32_t  bytewise;             // pq3 codes that are not at multiples of 4 bytes
 };
 
+// Division without the slow instruction sequence of a division: exact where the product of both numbers is below 2^32.
+struct small_divisor {
+    uint32_t d, inverse; // ceil(2^32 / d); d 1: not used
+
+    small_divisor() = default;
+    explicit small_divisor(uint32_t d) : d(d), inverse((uint32_t) (((1ull << 32) + d - 1) / d)) {}
+
+    // Leaves the quotient in x, returns the remainder.
+    __device__ __forceinline__ int split(uint32_t & x) const {
+        const uint32_t q = d == 1 ? x : __umulhi(x, inverse);
+        const uint32_t r = x - q * d;
+        x = q;
+        return (int) r;
+    }
+};
+
 struct args {
     pq_attn_params p;
     side_args      k, v;
@@ -72,6 +88,7 @@ struct args {
     int32_t n_row_groups;
     int32_t n_rows;          // per KV head
     int32_t n_group;         // query heads per KV head
+    small_divisor by_group, by_stream_mask, by_head_mask; // n_group, p.n_stream_mask, p.n_head_mask
     int64_t cells_per_split;
     int64_t slots_per_split;
     int32_t prefetch;        // contexts so deep that the codebooks will be needed
@@ -224,50 +241,64 @@ enum table_order {
     BY_QUARTERS, // D = 128: first the first halves of the four quarters of the head, then the second halves (pq-attn-128-kernel.cuh)
 };
 
-// Row c of a table holds, 16 bytes per lane, centroid c of every subspace in the head's order. A thread takes the subspaces of one lane and 16
-// bytes of centroids of each, and turns that little matrix: both sides see whole 16-byte accesses without conflicts.
-template <int TYPE, int L, table_order ORDER = IN_ORDER>
-PQ_DEVICE void build_table(uint8_t * table, const uint8_t * centroids, int D, int tid, int nt) {
-    if constexpr (TYPE == PLAIN) {
-        return;
+// One thread's work on a table, whose row c holds, 16 bytes per lane, centroid c of every subspace in the head's order. It takes the subspaces of
+// one lane and 16 bytes of centroids of each, and turns that little matrix: both sides see whole 16-byte accesses.
+template <int TYPE, table_order ORDER>
+struct table_item {
+    enum {
+        DSUB  = TYPE == PQ_TYPE_PQ2 ? 4 : 2,
+        KSUB  = TYPE == PQ_TYPE_PQ3 ? 64 : 256,
+        N_SUB = 8 / DSUB,        // subspaces of a lane
+        N_CEN = 16 / (2 * DSUB), // centroids in 16 bytes
+        PLANE = KSUB * 256,
+    };
+    uint4 x[N_SUB];
+
+    static __device__ __forceinline__ int n_lane4(int D) { return (D / 8 + 3) / 4; }
+    static __device__ __forceinline__ int count(int D)   { return n_lane4(D) * 4 * (KSUB / N_CEN); }
+
+    // Items side by side: 4 lanes for the stores, 8 runs of 16 bytes, a whole line of memory, for the loads.
+    static __device__ __forceinline__ int lane(int item, int D) {
+        const int block = item / 32 % n_lane4(D);
+        return ORDER == IN_ORDER ? item % 4 + 4 * block : item % 2 + item / 2 % 2 * 4 + block % 2 * 2 + block / 2 * 8;
     }
-    constexpr int DSUB   = TYPE == PQ_TYPE_PQ2 ? 4 : 2;
-    constexpr int KSUB   = TYPE == PQ_TYPE_PQ3 ? 64 : 256;
-    constexpr int N_SUB  = 8 / DSUB;          // subspaces of a lane
-    constexpr int N_CEN  = 16 / (2 * DSUB);   // centroids in 16 bytes
-    constexpr int PLANE  = KSUB * 256;
-    const int n_lane   = D / 8;
-    const int n_lane8  = (n_lane + 7) / 8;
-    const int n_item   = n_lane8 * 8 * (KSUB / N_CEN);
-#pragma unroll 2
-    for (int item = tid; item < n_item; item += nt) {
-        // 8 lanes side by side for the stores, 4 runs of 16 bytes for the loads
-        const int block = item / 32;
-        const int l     = ORDER == IN_ORDER ? item % 8 + 8 * (block % n_lane8) : item % 8 / 2 * 4 + block % 2 * 2 + item % 2;
-        const int piece = ORDER == IN_ORDER ? l : l / 2 % 2 * 8 + l / 4 * 2 + l % 2;
-        const int c     = (item / 8 % 4 + 4 * (block / n_lane8)) * N_CEN;
-        if (l >= n_lane) {
-            continue;
-        }
-        uint32_t x[N_SUB][4];
+    static __device__ __forceinline__ int centroid(int item, int D) {
+        return (item / 4 % 8 + 8 * (item / 32 / n_lane4(D))) * N_CEN;
+    }
+    __device__ __forceinline__ void load(const uint8_t * centroids, int item, int D) {
+        const int l = lane(item, D), c = centroid(item, D);
 #pragma unroll
         for (int m = 0; m < N_SUB; m++) {
-            const uint4 v = __ldg((const uint4 *) (centroids + ((size_t) (l * N_SUB + m) * KSUB + c) * (2 * DSUB)));
-            x[m][0] = v.x;
-            x[m][1] = v.y;
-            x[m][2] = v.z;
-            x[m][3] = v.w;
+            x[m] = __ldg((const uint4 *) (centroids + ((size_t) (l * N_SUB + m) * KSUB + c) * (2 * DSUB)));
         }
-        uint8_t * row = table + piece / 16 * PLANE + c * 256 + piece % 16 * 16;
-#pragma unroll
-        for (int i = 0; i < N_CEN; i++) {
-            uint4 v;
-            if constexpr (DSUB == 2) {
-                v = make_uint4(x[0][i], x[1][i], x[2][i], x[3][i]);
-            } else {
-                v = make_uint4(x[0][2 * i], x[0][2 * i + 1], x[1][2 * i], x[1][2 * i + 1]);
+    }
+    __device__ __forceinline__ void store(uint8_t * table, int item, int D) const {
+        const int l     = lane(item, D);
+        const int piece = ORDER == IN_ORDER ? l : l / 2 % 2 * 8 + l / 4 * 2 + l % 2;
+        uint8_t * row   = table + piece / 16 * PLANE + centroid(item, D) * 256 + piece % 16 * 16;
+        if constexpr (DSUB == 2) {
+            *(uint4 *) row         = make_uint4(x[0].x, x[1].x, x[2].x, x[3].x);
+            *(uint4 *) (row + 256) = make_uint4(x[0].y, x[1].y, x[2].y, x[3].y);
+            *(uint4 *) (row + 512) = make_uint4(x[0].z, x[1].z, x[2].z, x[3].z);
+            *(uint4 *) (row + 768) = make_uint4(x[0].w, x[1].w, x[2].w, x[3].w);
+        } else {
+            *(uint4 *) row         = make_uint4(x[0].x, x[0].y, x[1].x, x[1].y);
+            *(uint4 *) (row + 256) = make_uint4(x[0].z, x[0].w, x[1].z, x[1].w);
+        }
+    }
+};
+
+template <int TYPE, int L>
+PQ_DEVICE void build_table(uint8_t * table, const uint8_t * centroids, int D, int tid, int nt) {
+    if constexpr (TYPE != PLAIN) {
+        typedef table_item<TYPE, IN_ORDER> item_t;
+#pragma unroll 2
+        for (int i = tid; i < item_t::count(D); i += nt) {
+            if (item_t::lane(i, D) < D / 8) {
+                item_t item;
+                item.load(centroids, i, D);
+                item.store(table, i, D);
             }
-            *(uint4 *) (row + i * 256) = v;
         }
     }
 }
@@ -841,10 +872,11 @@ PQ_DEVICE row_info get_row(const args & a, int stream, int head_kv, int row) {
     row_info x;
     x.valid = row < a.n_rows;
     row = min(row, a.n_rows - 1);
-    const int tok = row / a.n_group;
-    const int h   = head_kv * a.n_group + row % a.n_group;
+    uint32_t tok = (uint32_t) row;
+    const int h = head_kv * a.n_group + a.by_group.split(tok);
     x.q    = a.p.q + stream * a.p.q_stream_stride + tok * a.p.q_token_stride + h * a.p.q_head_stride;
-    x.mask = a.p.mask ? a.p.mask + stream % a.p.n_stream_mask * a.p.mask_stream_stride + h % a.p.n_head_mask * a.p.mask_head_stride
+    uint32_t of_stream = (uint32_t) stream, of_head = (uint32_t) h;
+    x.mask = a.p.mask ? a.p.mask + a.by_stream_mask.split(of_stream) * a.p.mask_stream_stride + a.by_head_mask.split(of_head) * a.p.mask_head_stride
                             + tok * a.p.mask_token_stride : nullptr;
     x.tail_mask = a.p.tail.n > 0 ? a.p.tail.mask + stream * a.p.tail.mask_stream_stride + tok * a.p.tail.mask_token_stride : nullptr;
     x.dst  = (uint8_t *) a.p.dst + stream * a.p.dst_stream_stride + tok * a.p.dst_token_stride + h * a.p.dst_head_stride;

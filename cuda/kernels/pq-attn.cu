@@ -7,7 +7,6 @@ using namespace pq_attn;
 
 namespace {
 
-constexpr int MAX_SPLIT      = 256;
 constexpr int MAX_LIST       = 65535;  // tiles and tail slots of a block: u16 indexes
 constexpr int SPLIT_STEP     = 64;     // cells: whole tiles of every kernel
 constexpr int PROLOGUE_CELLS = 400;    // what a block does before its first cell takes as long as this many cells of one row
@@ -65,9 +64,9 @@ struct smem_layout_128 {
 smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_warps) {
     const size_t NW = n_threads_128(R) / PQ_WARP;
     smem_layout_128 s;
-    // after the tables their room serves the merge, the partial sums of T_inv and the encoder
-    size_t off = std::max({ (size_t) table_bytes(p.k.type, 16) + table_bytes(p.v.type, 16), NW * 2 * R * 128 * sizeof(float),
-                            8 * NW * PQ_WARP * R * sizeof(float), NW * PQ_WARP / PQ_ENCODE_THREADS * sizeof(pq_encode_few_smem) });
+    // after the tables their room serves the merge, beside it T_inv of V, and the encoder
+    size_t off = std::max({ (size_t) table_bytes(p.k.type, 16) + table_bytes(p.v.type, 16), NW * 2 * R * 128 * sizeof(float) + V_MAP_BYTES,
+                            NW * PQ_WARP / PQ_ENCODE_FEW_THREADS * sizeof(pq_encode_few_smem<128>) });
     auto take = [&](size_t bytes) {
         const size_t at = off;
         off += (bytes + 15) / 16 * 16;
@@ -240,6 +239,9 @@ static void set_args(args & a, const pq_attn_params & p, const pq_cuda_attn_plan
     a.n_split         = plan.n_split;
     a.n_row_groups    = plan.n_row_groups;
     a.n_group         = p.n_head / p.n_head_kv;
+    a.by_group        = small_divisor(a.n_group);
+    a.by_stream_mask  = small_divisor(std::max(p.n_stream_mask, 1)) /* no mask: 0 */;
+    a.by_head_mask    = small_divisor(std::max(p.n_head_mask, 1));
     a.n_rows          = (int32_t) p.n_q * a.n_group;
     a.cells_per_split = plan.cells_per_split;
     a.slots_per_split = plan.slots_per_split;
@@ -256,15 +258,19 @@ static void set_args(args & a, const pq_attn_params & p, const pq_cuda_attn_plan
     a.partials      = (float *) scratch;
 }
 
-static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, void * scratch, void * counters,
-                           cudaStream_t stream) {
+static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, bool settled, void * scratch,
+                           void * counters, cudaStream_t stream) {
     const smem_layout_128 s = get_smem_layout_128(p, plan.rows_per_block, plan.n_tail_warps);
     args_128 a = {};
     set_args(a, p, plan, scratch);
+    a.by_row_groups   = small_divisor(plan.n_row_groups);
+    a.by_heads        = small_divisor(p.n_head_kv);
+    a.by_parts        = small_divisor(plan.n_split);
     a.n_attn_blocks   = plan.n_blocks;
     a.n_tail_warps    = plan.n_tail_warps;
     a.tail_mask_by_16 = ((uintptr_t) p.tail.mask | p.tail.mask_token_stride | p.tail.mask_stream_stride) % 16 == 0;
     a.early_tables  = plan.cells_per_split >= EARLY_CELLS;
+    a.settled       = settled;
     a.counters      = (uint32_t *) counters;
     a.n_counters    = p.n_stream * p.n_head_kv * plan.n_row_groups;
     a.smem_codes    = (uint32_t) s.codes;
@@ -283,7 +289,7 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
         a.slot_base        = (p.tail.k - new_rows->tail) / (int64_t) new_rows->tail_row_stride;
         a.slots_per_stream = (int64_t) (p.tail.k_stream_stride / new_rows->tail_row_stride);
         // multiprocessors without attention encode; where there are none, blocks do when they are done
-        const int n_groups = plan.n_threads / PQ_ENCODE_THREADS;
+        const int n_groups = plan.n_threads / PQ_ENCODE_FEW_THREADS;
         n_blocks += std::min<int>(std::max(plan.n_sm - plan.n_blocks, 0), (int) div_up(a.n_units, n_groups));
     }
     return plan.rows_per_block == 1 ? launch_128<1>(a, plan, n_blocks, stream)
@@ -323,9 +329,9 @@ const char * pq_cuda_step_unsupported(const pq_attn_params & p, const pq_cuda_at
     return nullptr;
 }
 
-cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, void * scratch, void * counters,
-                         cudaStream_t stream) {
-    return pq_cuda_step_unsupported(p, plan, new_rows) ? cudaErrorInvalidValue : run_128(p, plan, new_rows, scratch, counters, stream);
+cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, bool settled, void * scratch,
+                         void * counters, cudaStream_t stream) {
+    return pq_cuda_step_unsupported(p, plan, new_rows) ? cudaErrorInvalidValue : run_128(p, plan, new_rows, settled, scratch, counters, stream);
 }
 
 cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch, void * counters, cudaStream_t stream) {
@@ -333,7 +339,7 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
         return cudaSuccess;
     }
     if (plan.kernel == PQ_CUDA_ATTN_128) {
-        return run_128(p, plan, nullptr, scratch, counters, stream);
+        return run_128(p, plan, nullptr, false, scratch, counters, stream);
     }
     const int64_t     n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
     const smem_layout s      = get_smem_layout(p, plan.lanes, plan.rows_per_block, plan.kernel == PQ_CUDA_ATTN_TWO_PHASES, n_list, plan.score_tiles);

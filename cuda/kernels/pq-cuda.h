@@ -61,9 +61,10 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
 const char * pq_cuda_step_unsupported(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows);
 
 // A whole step in one launch: what pq_cuda_encode(new_rows, 2) and then pq_cuda_attn do, for new rows (K and V of the same tokens) that all
-// have a slot in the exact tail that attention reads.
-cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, void * scratch, void * counters,
-                         cudaStream_t stream);
+// have a slot in the exact tail that attention reads. `settled`: masks, and all codes and tail rows but those of the new rows, were complete before
+// the kernel ahead in the stream began. They are then read while that one may still run.
+cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, bool settled, void * scratch,
+                         void * counters, cudaStream_t stream);
 
 // Reads the properties of the current device.
 cudaError_t pq_cuda_get_device_props(pq_cuda_device_props * props);

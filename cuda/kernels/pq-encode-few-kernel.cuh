@@ -1,4 +1,4 @@
-// Encode a few rows (token generation), where latency counts: a group of 256 threads takes one head of one side, a strip of 32 of its
+// Encode a few rows (token generation), where latency counts: a group of 128 threads takes one head of one side, a strip of 32 of its
 // elements (whole subspaces, whole bytes of codes) and up to 8 rows. A kernel of its own does it (pq-encode.cu), or groups inside the
 // attention kernel of the same step (pq-attn-128-kernel.cuh).
 //
@@ -8,6 +8,7 @@
 
 #include "../pq/pq-params.h"
 #include "pq-launch.cuh"
+#include "pq-mma.cuh"
 
 #include <cuda_fp16.h>
 
@@ -15,23 +16,21 @@
 
 namespace {
 
-constexpr int PQ_ENCODE_STRIP   = 32;  // elements: 64 bytes of a row of T, two full sectors
-constexpr int PQ_ENCODE_THREADS = 256;
+constexpr int PQ_ENCODE_STRIP       = 32;  // elements: 64 bytes of a row of T, two full sectors
+constexpr int PQ_ENCODE_FEW_THREADS = 128; // of a group
 
-// A block is one group of PQ_ENCODE_THREADS threads, or (GROUPS) two, each at work of its own.
+// A block is one group, or (GROUPS, inside the attention kernel, which writes the tail itself) some, each at work of its own.
 template <bool GROUPS>
 __device__ __forceinline__ int pq_encode_thread() {
-    return GROUPS ? threadIdx.x % PQ_ENCODE_THREADS : threadIdx.x;
+    return GROUPS ? threadIdx.x % PQ_ENCODE_FEW_THREADS : threadIdx.x;
 }
 
 template <bool GROUPS>
 __device__ __forceinline__ void pq_encode_sync() {
     if (!GROUPS) {
         __syncthreads();
-    } else if (threadIdx.x < PQ_ENCODE_THREADS) { // barrier 0 is that of __syncthreads
-        asm volatile("bar.sync 1, %0;" : : "n"(PQ_ENCODE_THREADS) : "memory");
-    } else {
-        asm volatile("bar.sync 2, %0;" : : "n"(PQ_ENCODE_THREADS) : "memory");
+    } else { // barrier 0 is that of __syncthreads
+        asm volatile("bar.sync %0, %1;" : : "r"(1 + threadIdx.x / PQ_ENCODE_FEW_THREADS), "n"(PQ_ENCODE_FEW_THREADS) : "memory");
     }
 }
 
@@ -99,13 +98,14 @@ __device__ __forceinline__ float pq_encode_distance(const float (&y)[DSUB], cons
 
 // Writes the codes of a strip, codes: u8 [n_rows][NSUB] in shared memory, as bytes of the cache.
 template <int TYPE, bool GROUPS>
-__device__ __forceinline__ void pq_encode_store(const pq_encode_side & side, int head, int col0, int n_cols, int64_t row0, int n_rows,
+__device__ __forceinline__ void pq_encode_store(const pq_encode_side & side, int head, int col0, int n_cols, const int64_t * cells, int n_rows,
                                                 const uint8_t * codes) {
     typedef pq_encode_geom<TYPE> G;
     constexpr int NSUB = PQ_ENCODE_STRIP / G::DSUB;
     const pq_encode_params & p = side.p;
     const int n_bytes = n_cols / G::DSUB * G::NBITS / 8;
-    for (int i = pq_encode_thread<GROUPS>(); i < n_rows * n_bytes; i += PQ_ENCODE_THREADS) {
+#pragma unroll 1
+    for (int i = pq_encode_thread<GROUPS>(); i < n_rows * n_bytes; i += PQ_ENCODE_FEW_THREADS) {
         const int r = i / n_bytes;
         const int b = i % n_bytes;
         const uint8_t * c = codes + r * NSUB;
@@ -117,8 +117,7 @@ __device__ __forceinline__ void pq_encode_store(const pq_encode_side & side, int
             const uint32_t  w = (uint32_t) q[0] | (uint32_t) q[1] << 6 | (uint32_t) q[2] << 12 | (uint32_t) q[3] << 18;
             byte = (uint8_t) (w >> (8 * (b % 3)));
         }
-        const int64_t cell = p.row_idx ? p.row_idx[row0 + r] : row0 + r;
-        p.codes[cell * p.codes_row_stride + head * side.head_bytes + col0 / G::DSUB * G::NBITS / 8 + b] = byte;
+        p.codes[cells[r] * p.codes_row_stride + head * side.head_bytes + col0 / G::DSUB * G::NBITS / 8 + b] = byte;
     }
 }
 
@@ -131,21 +130,23 @@ __device__ __forceinline__ void pq_encode_store_tail(const pq_encode_params & p,
 
 // ---- a few rows (token generation): latency counts ----
 
-constexpr int PQ_ENCODE_FEW_ROWS = 8; // rows of a block: 8 * 32 elements of y, one per thread
+constexpr int PQ_ENCODE_FEW_ROWS = 8; // rows of a group
 
+template <int MAX_D>
 struct alignas(16) pq_encode_few_smem {
-    float   x[PQ_ENCODE_FEW_ROWS][PQ_MAX_D];
+    float   x[PQ_ENCODE_FEW_ROWS][MAX_D];
     float   y[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_STRIP];
-    __half  T[PQ_MAX_D][PQ_ENCODE_STRIP];
+    __half  T[MAX_D][PQ_ENCODE_STRIP];
     uint8_t codes[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_STRIP / 2];
+    int64_t cell[PQ_ENCODE_FEW_ROWS];                       // of the cache, that the codes of a row go to
     int     unit;                                          // what a group inside the attention kernel does next
 };
 
-template <int TYPE, bool GROUPS>
-__device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, int64_t row0, pq_encode_few_smem & s) {
+template <int TYPE, bool GROUPS, int MAX_D>
+__device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, int64_t row0, pq_encode_few_smem<MAX_D> & s) {
     typedef pq_encode_geom<TYPE> G;
     constexpr int NSUB  = PQ_ENCODE_STRIP / G::DSUB;
-    constexpr int LANES = PQ_ENCODE_THREADS / NSUB; // threads that share a subspace: 16 or 32, never across a warp
+    constexpr int LANES = PQ_ENCODE_FEW_THREADS / NSUB; // threads that share a subspace: 8 or 16, never across a warp
     constexpr int PER   = 8 / G::DSUB;              // centroids of a 16-byte load
     constexpr int LOADS = G::KSUB / LANES / PER;
 
@@ -168,38 +169,45 @@ __device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, i
         }
     }
     if (h.T) {
-        for (int i = tid; i < D * (PQ_ENCODE_STRIP / 8); i += PQ_ENCODE_THREADS) {
+#pragma unroll 1
+        for (int i = tid; i < D * (PQ_ENCODE_STRIP / 8); i += PQ_ENCODE_FEW_THREADS) {
             const int k = i / (PQ_ENCODE_STRIP / 8);
             const int j = i % (PQ_ENCODE_STRIP / 8) * 8;
             if (j < n_cols) {
-                *(uint4 *) &s.T[k][j] = __ldg((const uint4 *) (h.T + (size_t) k * D + col0 + j));
+                pq_cp_async(&s.T[k][j], h.T + (size_t) k * D + col0 + j);
             }
         }
     }
     pq_pdl_wait();
     pq_pdl_launch_next();
 
-    for (int i = tid; i < n_rows * D; i += PQ_ENCODE_THREADS) {
-        const int    r = i / D;
-        const int    k = i % D;
+    if (tid < n_rows) { // asked for now, needed at the end
+        s.cell[tid] = p.row_idx ? p.row_idx[row0 + tid] : row0 + tid;
+    }
+#pragma unroll 2
+    for (int i = tid; i < n_rows * D; i += PQ_ENCODE_FEW_THREADS) {
+        const int    r = D == PQ_ENCODE_FEW_THREADS ? i / PQ_ENCODE_FEW_THREADS : i / D;
+        const int    k = i - r * D;
         const __half x = pq_encode_load_x(p, row0 + r, head, k);
         s.x[r][k] = __fsub_rn(__half2float(x), __ldg(h.mu + k));
-        if (p.tail && k >= col0 && k < col0 + n_cols) {
+        if (!GROUPS && p.tail && k >= col0 && k < col0 + n_cols) {
             pq_encode_store_tail(p, head, k, row0 + r, x);
         }
     }
+    pq_cp_async_wait();
     pq_encode_sync<GROUPS>();
 
-    {
-        const int r = tid / PQ_ENCODE_STRIP;
-        const int j = tid % PQ_ENCODE_STRIP;
-        if (r < n_rows && j < n_cols) {
+#pragma unroll 1
+    for (int i = tid; i < n_rows * PQ_ENCODE_STRIP; i += PQ_ENCODE_FEW_THREADS) {
+        const int r = i / PQ_ENCODE_STRIP;
+        const int j = i % PQ_ENCODE_STRIP;
+        if (j < n_cols) {
             float y = 0.0f;
             if (h.T) {
                 for (int k = 0; k < D; k += 8) {
 #pragma unroll
-                    for (int i = 0; i < 8; i++) {
-                        y = __fmaf_rn(s.x[r][k + i], __half2float(s.T[k + i][j]), y);
+                    for (int e = 0; e < 8; e++) {
+                        y = __fmaf_rn(s.x[r][k + e], __half2float(s.T[k + e][j]), y);
                     }
                 }
             } else {
@@ -210,6 +218,7 @@ __device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, i
     }
     pq_encode_sync<GROUPS>();
 
+#pragma unroll 1
     for (int r = 0; r < n_rows && sub * G::DSUB < n_cols; r++) {
         float y[G::DSUB];
 #pragma unroll
@@ -235,7 +244,7 @@ __device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, i
                 }
             }
         }
-        const unsigned mask = LANES == 32 ? 0xffffffffu : 0xffffu << (tid & 16);
+        const unsigned mask = ((1u << LANES) - 1) << (tid & (32 - LANES));
 #pragma unroll
         for (int o = LANES / 2; o > 0; o /= 2) {
             const float other_best  = __shfl_xor_sync(mask, best,  o, LANES);
@@ -250,7 +259,7 @@ __device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, i
         }
     }
     pq_encode_sync<GROUPS>();
-    pq_encode_store<TYPE, GROUPS>(side, head, col0, n_cols, row0, n_rows, &s.codes[0][0]);
+    pq_encode_store<TYPE, GROUPS>(side, head, col0, n_cols, s.cell, n_rows, &s.codes[0][0]);
 }
 
 } // namespace

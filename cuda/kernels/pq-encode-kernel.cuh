@@ -13,8 +13,8 @@ namespace {
 // ---- a few rows ----
 
 // grid: (heads of all sides, strips, rows / 8)
-__global__ void __launch_bounds__(PQ_ENCODE_THREADS) pq_encode_few_kernel(const __grid_constant__ pq_encode_sides sides) {
-    __shared__ __align__(16) pq_encode_few_smem smem;
+__global__ void __launch_bounds__(PQ_ENCODE_FEW_THREADS) pq_encode_few_kernel(const __grid_constant__ pq_encode_sides sides) {
+    __shared__ __align__(16) pq_encode_few_smem<PQ_MAX_D> smem;
     const int    n_head_0 = sides.side[0].p.n_head_kv;
     const bool   second   = (int) blockIdx.x >= n_head_0;
     const int    head     = blockIdx.x - (second ? n_head_0 : 0);
@@ -40,6 +40,8 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS) pq_encode_few_kernel(const 
 // one. That is not yet the CPU's code: its y is one chain of roundings, and distances round too. So the winner counts only
 // when every other centroid is further away than these differences can make up for; the few elements where two are closer
 // (about one in a thousand) are computed again, exactly as in pq_encode_few.
+
+constexpr int PQ_ENCODE_THREADS = 256; // of a block
 
 constexpr int PQ_ENCODE_SCALE_BITS = 5;   // centroids are scaled so that their largest element is in [2^5, 2^6)
 constexpr float PQ_ENCODE_MAX_Y    = 256; // scaled; beyond it |y|^2 / 2 could leave the range of f16, and the code is computed exactly

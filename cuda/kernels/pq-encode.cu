@@ -65,7 +65,7 @@ cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStr
     }
     if (!tile) {
         const dim3 grid(n_heads, n_strips, (unsigned) ((n_rows + PQ_ENCODE_FEW_ROWS - 1) / PQ_ENCODE_FEW_ROWS));
-        return pq_launch(pq_encode_few_kernel, grid, PQ_ENCODE_THREADS, 0, stream, sides);
+        return pq_launch(pq_encode_few_kernel, grid, PQ_ENCODE_FEW_THREADS, 0, stream, sides);
     }
     if (n_sides == 2 && params[0].type != params[1].type) { // the tile kernel is compiled per type, to keep its registers few
         const cudaError_t err = pq_cuda_encode(params, 1, stream);

@@ -308,6 +308,13 @@ static bool overlap(const void * a, size_t a_bytes, const void * b, size_t b_byt
     return (const char *) a < (const char *) b + b_bytes && (const char *) b < (const char *) a + a_bytes;
 }
 
+static bool is_input(const ggml_tensor * t) {
+    while (t && t->view_src) {
+        t = t->view_src;
+    }
+    return t && t->op == GGML_OP_NONE;
+}
+
 // Whether `op` attends to the rows that K and V were written to just now, and everything can be done by one kernel.
 static bool fuse_step(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const ggml_tensor * const (&writes)[2], const pq_encode_params (&rows)[2]) {
     pq_attn_params p;
@@ -336,7 +343,10 @@ static bool fuse_step(ggml_backend_cuda_context & ctx, const ggml_tensor * op, c
     ggml_cuda_set_device(ctx.device);
     wait_for_codes(ctx);
     ggml_cuda_pool_alloc<char> scratch(ctx.pool(), std::max<size_t>(plan.scratch_bytes, 1));
-    CUDA_CHECK(pq_cuda_step(p, plan, rows, scratch.get(), get_counters(ctx, plan.counter_bytes), ctx.stream()));
+    // Masks that are inputs are copied to the device before the graph, and such a copy waits for all kernels before it: what earlier graphs
+    // wrote, codes and tail, is complete too. This graph writes no other rows of this cache.
+    const bool settled = is_input(op->src[3]) && is_input(op->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK]);
+    CUDA_CHECK(pq_cuda_step(p, plan, rows, settled, scratch.get(), get_counters(ctx, plan.counter_bytes), ctx.stream()));
     return true;
 }
 
