@@ -634,8 +634,9 @@ struct tile_source {
         } else {
 #pragma unroll N == 3 ? 3 : 1
             for (int j = 0; j < N; j++) {
-                const int piece = j * PQ_WARP + lane;
-                const int down  = min(piece / N, n - 1) - lane / N, right = piece % N - lane % N;
+                const int l     = pq_opaque(lane); // or the places of all pieces would take registers
+                const int piece = j * PQ_WARP + l;
+                const int down  = min(piece / N, n - 1) - l / N, right = piece % N - l % N;
                 pq_copy_async(lane_dst + 512 * j, src + (int64_t) down * row_stride + 16 * right);
             }
         }
