@@ -24,10 +24,10 @@
 //       weights, so a product is four multiply-adds per lane, from halves into floats. More rows: the half2 of two cells are
 //       re-packed by element, and B has the weights of two rows for those lanes' cells.
 //
-// Weights of a model pass through L2 between one launch and the next and leave no instruction there: all code that a launch comes through arrives
-// from memory. So what runs once is kept small, in loops that are not unrolled.
-//
 // Both ways lookups read 32 different banks. Per cell, head and side that is 2 wavefronts of shared memory for 64 lookups.
+//
+// The weights of a layer pass through L2 between one launch and the next and leave no instruction there: the code that a launch comes through arrives
+// from memory. So what runs once is kept small, in loops that are not unrolled (an 8B model at 32768 cells: 5 % faster with a quarter less code).
 #pragma once
 
 #include "pq-attn-kernel.cuh" // rows, masks, tables, the V side of a lane
@@ -36,12 +36,12 @@
 
 namespace pq_attn {
 
-constexpr int TILE_128  = 32;  // cells of a tile
-constexpr int Q_STRIDE  = 136; // halves between the mapped queries of rows: neighbours lie in other banks
-constexpr int Q_SPLIT_STRIDE = 36; // words between the lanes' parts of the queries, likewise
-constexpr int T_INV_STRIDE = 136; // halves between the rows of V's T_inv, likewise
-constexpr int MAX_SPLIT = 256; // parts of the context
-constexpr int TAIL_STEP = 8;   // tail slots that a warp takes at a time: the columns of one product
+constexpr int MAX_SPLIT      = 256; // parts of the context
+constexpr int TILE_128       = 32;  // cells of a tile
+constexpr int TAIL_STEP      = 8;   // tail slots that a warp takes at a time: the columns of one product
+constexpr int Q_STRIDE       = 136; // halves between the mapped queries of rows: neighbours lie in other banks
+constexpr int Q_SPLIT_STRIDE = 36;  // words between the lanes' parts of the queries, likewise
+constexpr int T_INV_STRIDE   = 136; // halves between the rows of V's T_inv, likewise
 
 // Registers bound the threads of a block: rows cost registers.
 __host__ __device__ constexpr int n_threads_128(int R) {
@@ -53,7 +53,7 @@ struct args_128 : args {
     int32_t    n_attn_blocks; // the others only encode
     int32_t    n_tail_warps;
     int32_t    tail_mask_by_16;
-    int32_t    early_tables;  // load the tables ahead of everything: they will be needed
+    int32_t    early_tables;  // build the tables without asking masks first: a part so large has cells that somebody sees
     int32_t    settled;       // nothing but queries and new rows is still being written when the kernel starts
     uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups], then units taken, then blocks done; 0 before and after a launch
     int32_t    n_counters;    // of arrivals
@@ -644,7 +644,7 @@ struct tile_source {
 };
 
 // A thread's part of a table of D = 128, on its way from the codebook to shared memory. Blocks of the same head begin at different places (first),
-// or they would all want the same few lines of L2 at a time.
+// and so do not all want the same lines of L2 at a time.
 template <int TYPE, table_order ORDER, int NT>
 struct table_part {
     typedef table_item<TYPE, ORDER> item_t;
