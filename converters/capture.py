@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,9 +27,6 @@ from ..progress import stage
 K, V, Q = native.CAPTURE_K, native.CAPTURE_V, native.CAPTURE_Q
 
 MIN_TOKENS = 1024  # four rows for each of 256 centroids; with fewer, centroids only memorize their rows
-# One context of so many is given its tokens in random order. Keys and queries of text that makes no sense are of the same axes, but go further along
-# them: codebooks that know them are closer on ordinary text too, and on text of another kind (docs/calibration.md has the figures).
-_SHUFFLE_EVERY = 4
 _BATCH = 512  # tokens per decode: llama.cpp's default, and short enough for progress to move
 _DEFAULT_MEMORY_SHARE = 0.4  # of the memory that is free beside the model: training needs copies of its own
 _FALLBACK_MEMORY_BYTES = 2 << 30  # where the system does not tell
@@ -158,21 +154,6 @@ def chunks(tokens: Sequence[int], n_tokens: int, n_ctx: int, bos: int | None) ->
     return result
 
 
-def shuffle_some(contexts: Sequence[list[int]], seed: int, n_fixed: int) -> list[list[int]]:
-    """The contexts with the tokens of every fourth in random order, the same for the same seed.
-
-    The first ``n_fixed`` tokens (what opens a context) stay, and so does the last context, whose rows are the ones that
-    training holds back.
-    """
-    rng = random.Random(seed)
-    result = [list(c) for c in contexts]
-    for context in result[1:-1:_SHUFFLE_EVERY]:
-        rest = context[n_fixed:]
-        rng.shuffle(rest)
-        context[n_fixed:] = rest
-    return result
-
-
 @contextmanager
 def capture(
     model_path: str | os.PathLike[str],
@@ -218,7 +199,7 @@ def capture(
         tokens, bos = _tokenize(low, model, text)
         if len(tokens) < MIN_TOKENS:
             raise InputError(f"the calibration text has {len(tokens)} tokens, need {MIN_TOKENS}: give a longer text")
-        contexts = shuffle_some(chunks(tokens, n_tokens, n_ctx, bos), seed, n_fixed=0 if bos is None else 1)
+        contexts = chunks(tokens, n_tokens, n_ctx, bos)
         n_run = sum(map(len, contexts))
 
         if memory_bytes is None:

@@ -102,27 +102,6 @@ def test_chunks(n_text: int, n_tokens: int, n_ctx: int, bos: int | None) -> None
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("bos", [None, 1])
-def test_every_fourth_context_is_shuffled_and_never_the_last(bos: int | None) -> None:
-    from million_gguf.converters.capture import shuffle_some
-
-    n_fixed = 0 if bos is None else 1
-    contexts = [[bos] * n_fixed + list(range(100 * i, 100 * i + 50)) for i in range(6)]
-    before = [list(c) for c in contexts]
-    shuffled = shuffle_some(contexts, 3, n_fixed)
-    assert contexts == before
-    assert [i for i, (a, b) in enumerate(zip(before, shuffled, strict=True)) if a != b] == [1]
-    assert [sorted(c[n_fixed:]) for c in shuffled] == [c[n_fixed:] for c in before]
-    assert all(c[:n_fixed] == [bos] * n_fixed for c in shuffled)
-    assert shuffle_some(contexts, 3, n_fixed) == shuffled != shuffle_some(contexts, 4, n_fixed)
-    assert shuffle_some(contexts[:5], 3, n_fixed)[4] == before[4]
-    assert shuffle_some(before * 2, 3, n_fixed)[9] != before[3]
-    assert shuffle_some(before[:1], 3, n_fixed) == before[:1]
-    assert shuffle_some([], 3, n_fixed) == []
-
-
-
-@pytest.mark.native
 def test_memory_bounds_the_rows(tiny: Path) -> None:
     from million_gguf.converters.capture import MIN_TOKENS, rows_within
 
