@@ -783,17 +783,7 @@ PQ_DEVICE void write_rows_128(const args_128 & a, const row_info * rows, const f
     for (int i = 0; i < R; i++) {
         any_coded = any_coded || head[4 * i + 1] != 0.0f;
     }
-    float sum = coded + tail, weight = 1.0f;
-    if (a.p.sinks) {
-        const float sink = rows[r].sink;
-        if (sink > m) {
-            weight = pq_exp2(m - sink);
-            sum    = sum * weight + 1.0f;
-        } else if (m != -CUDART_INF_F) {
-            sum += pq_exp2(sink - m);
-        }
-    }
-    const float f = sum == 0.0f ? 0.0f : weight / sum;
+    const float f = result_scale(a, rows[r], m, coded + tail);
     const float * x = sums + r * 128, * x_tail = sums + (R + r) * 128, * mu = (const float *) (v_map + 128 * T_INV_STRIDE);
     const bool map = any_coded && a.v.T_inv != 0;
 #pragma unroll
@@ -870,7 +860,7 @@ __device__ __noinline__ void encode_units(const args_128 & a, uint8_t * smem, in
         } else {
             encode_unit<VT>(a.new_rows.side[1], head - a.p.n_head_kv, col0, row0, s);
         }
-        if (n_given >= a.n_units) {
+        if (n_given >= a.n_units) { // nothing was left for the queue
             break;
         }
         unit = -1;
@@ -952,7 +942,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     if (tid < R) {
         rows[tid] = get_row(a, stream, head_kv, row0 + tid);
     }
-    if (a.early_tables) { // the codebooks to L2, by all blocks of a head together
+    if (a.early_tables) { // the inverse maps to L2, by all blocks of a head together
         const int n_lines = D * D * 2 / 128, part = NT * split + tid;
         for (int i = part; i < n_lines; i += NT * a.n_split) {
             if (a.k.T_inv) {

@@ -288,7 +288,7 @@ struct table_item {
     }
 };
 
-template <int TYPE, int L>
+template <int TYPE>
 PQ_DEVICE void build_table(uint8_t * table, const uint8_t * centroids, int D, int tid, int nt) {
     if constexpr (TYPE != PLAIN) {
         typedef table_item<TYPE, IN_ORDER> item_t;
@@ -780,6 +780,21 @@ PQ_DEVICE void attend_tail(float * o, float * ml, float * part, float * part_ml,
 
 // ---- the end: sinks, T_inv, mu ----
 
+// What the weighted sums of a row, whose weights come to `sum` above 2^m, are multiplied with: the sink takes its part, and a row that sees nothing is 0.
+PQ_DEVICE float result_scale(const args & a, const row_info & row, float m, float sum) {
+    float weight = 1.0f;
+    if (a.p.sinks) {
+        const float sink = row.sink;
+        if (sink > m) {
+            weight = pq_exp2(m - sink);
+            sum    = sum * weight + 1.0f;
+        } else if (m != -CUDART_INF_F) {
+            sum += pq_exp2(sink - m);
+        }
+    }
+    return sum == 0.0f ? 0.0f : weight / sum;
+}
+
 // Writes R rows from coded sums o [R][D] and tail sums ot [R][D] (NULL: none), both relative to m; head [R][4] = {m, weight of the coded part, weight of the
 // tail}. red: float [8 * NT * R]. o is in shared memory and complete (a barrier has passed).
 template <int R, int NT>
@@ -838,17 +853,7 @@ PQ_DEVICE void write_rows(const args & a, const row_info * rows, const float * o
             continue;
         }
         const float m = head[4 * r], coded = head[4 * r + 1];
-        float sum = coded + head[4 * r + 2], weight = 1.0f;
-        if (a.p.sinks) {
-            const float sink = rows[r].sink;
-            if (sink > m) {
-                weight = pq_exp2(m - sink);
-                sum    = sum * weight + 1.0f;
-            } else if (m != -CUDART_INF_F) {
-                sum += pq_exp2(sink - m);
-            }
-        }
-        const float inv = sum == 0.0f ? 0.0f : weight / sum;
+        const float inv = result_scale(a, rows[r], m, coded + head[4 * r + 2]);
         float x = o[i];
         if (map) {
             x = 0.0f;
@@ -985,10 +990,10 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
     with_type<VT>(a.p.v.type, [&](auto type) { init_side<type.value, L, true>(vs, a.v, D, lane); });
 
     auto build_k = [&](int first, int n) { // by threads first .. first + n - 1
-        with_type<KT>(a.p.k.type, [&](auto type) { build_table<type.value, L>(smem, k_block + a.k.centroids, D, tid - first, n); });
+        with_type<KT>(a.p.k.type, [&](auto type) { build_table<type.value>(smem, k_block + a.k.centroids, D, tid - first, n); });
     };
     auto build_v = [&](int first, int n) {
-        with_type<VT>(a.p.v.type, [&](auto type) { build_table<type.value, L>(smem + V_TABLE, v_block + a.v.centroids, D, tid - first, n); });
+        with_type<VT>(a.p.v.type, [&](auto type) { build_table<type.value>(smem + V_TABLE, v_block + a.v.centroids, D, tid - first, n); });
     };
 
     uint32_t kw[N_SLOT], vw[N_SLOT];

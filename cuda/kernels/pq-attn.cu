@@ -240,7 +240,7 @@ static void set_args(args & a, const pq_attn_params & p, const pq_cuda_attn_plan
     a.n_row_groups    = plan.n_row_groups;
     a.n_group         = p.n_head / p.n_head_kv;
     a.by_group        = small_divisor(a.n_group);
-    a.by_stream_mask  = small_divisor(std::max(p.n_stream_mask, 1)) /* no mask: 0 */;
+    a.by_stream_mask  = small_divisor(std::max(p.n_stream_mask, 1)); // no mask: 0
     a.by_head_mask    = small_divisor(std::max(p.n_head_mask, 1));
     a.n_rows          = (int32_t) p.n_q * a.n_group;
     a.cells_per_split = plan.cells_per_split;

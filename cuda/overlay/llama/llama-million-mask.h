@@ -6,7 +6,7 @@
 #include <vector>
 
 // Fills row [n_kv] of a causal mask for a token of `seq_id` at position `pos`, where every cell in use is of that sequence: positions alone then say
-// what it sees, in a loop without branches (a third of the time of the general one). Cells from position pos_recorded on are added to `idxs`.
+// what it sees, in a loop without branches. Cells from position pos_recorded on are added to `idxs`.
 // Returns false, having done nothing, where other sequences have cells.
 template <class T>
 static bool llama_million_mask_of_one_sequence(const llama_kv_cells & cells, llama_seq_id seq_id, llama_pos pos, llama_pos pos_recorded, T keep, T drop,
