@@ -81,6 +81,7 @@ class _AttnSide(C.Structure):
         ("head_stride", C.c_size_t),
         ("stream_stride", C.c_size_t),
         ("to_float", C.c_void_p),
+        ("tables", C.c_void_p),
     ]
 
 
@@ -162,6 +163,7 @@ def load() -> C.CDLL:
             ("million_pq_encode", None, [C.POINTER(_EncodeParams), C.c_int]),
             ("million_pq_decode", None, [C.POINTER(_DecodeParams), C.c_int]),
             ("million_pq_attn", None, [C.POINTER(_AttnParams), C.c_int]),
+            ("million_pq_attn_params_bytes", C.c_size_t, []),
             ("million_pq_kmeans_assign_many", C.c_double,
              [C.c_void_p, C.c_int64, C.c_int64, C.c_int32, C.c_void_p, C.c_int32] + [C.c_void_p] * 4 + [C.c_int]),
             ("pq_cpu_simd_set", C.c_int, [C.c_char_p]),
@@ -173,6 +175,11 @@ def load() -> C.CDLL:
             f.restype, f.argtypes = res, args
     except (OSError, AttributeError) as e:
         raise NativeError(f"{path}: cannot load the native library ({e}): build it again") from e
+    if (found := lib.million_pq_attn_params_bytes()) != C.sizeof(_AttnParams):
+        raise NativeError(
+            f"{path}: found parameters of {found} bytes, needs {C.sizeof(_AttnParams)}: the library is of another version, "
+            "build it again"
+        )
     return lib
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,8 +41,15 @@ _REASON = _why_no_device()
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=_REASON or "")]
 
 
-def run(command: list[object], timeout: float = 1200) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, errors="replace")
+def run(command: list[object], timeout: float = 1200, **env: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(c) for c in command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        errors="replace",
+        env={**os.environ, **env},
+    )
     assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done
 
@@ -133,3 +141,22 @@ def mean_kl(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 @pytest.mark.parametrize("cache", PQ_TYPES)
 def test_cache_error_is_that_of_the_cpu(mean_kl: Callable[[str, str], float], cache: str) -> None:
     assert mean_kl("CUDA", cache) == pytest.approx(mean_kl("CPU", cache), rel=0.02)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("rope", ["", "--rope-scaling yarn --rope-scale 4 --yarn-orig-ctx 64"])
+def test_a_step_in_one_launch_is_that_of_many(tmp_path: Path, rope: str) -> None:
+    """Rope, writes of K and V and attention of a layer in one kernel, against kernels of their own, bit for bit."""
+    model, logits = tmp_path / "model.gguf", tmp_path / "logits"
+    maker = ROOT / "benchmarks" / "gpu" / "synthetic_gguf.py"
+    run([sys.executable, maker, "--geometry", "llama-3.1-8b-cache", "--types", "pq4", "-o", model])
+    for tokens in (1, 4):
+        command = [
+            *[tool("llama-perplexity"), "-m", model, "-f", TEXT, "-c", "128", "--chunks", "1", "-fa", "on", "-ngl", "99"],
+            *["-b", tokens, "-ub", tokens, "-ctk", "pq4", "-ctv", "pq4", *rope.split(), "--kl-divergence-base", logits],
+        ]
+        run(command, GGML_CUDA_DISABLE_FUSION="1")
+        done = run([*command, "--kl-divergence"])
+        largest = re.search(r"Maximum KLD:\s+([-\d.e]+)", done.stdout + done.stderr)
+        assert largest, done.stdout[-2000:]
+        assert float(largest[1]) < 1e-4

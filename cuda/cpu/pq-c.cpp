@@ -96,6 +96,10 @@ void million_pq_attn(const pq_attn_params * p, int n_threads) {
               [&](int64_t i, void * scratch) { pq_attn_reduce_item(p, i, partials.data(), scratch); });
 }
 
+size_t million_pq_attn_params_bytes(void) {
+    return sizeof(pq_attn_params);
+}
+
 double million_pq_kmeans_assign_many(const float * x, int64_t n_problems, int64_t n, int32_t dsub, const float * centroids, int32_t ksub,
                                      uint8_t * codes, double * sums, int64_t * counts, double * sse, int n_threads) {
     if ((dsub != 2 && dsub != 4) || ksub < 1 || ksub > PQ_MAX_KSUB) {

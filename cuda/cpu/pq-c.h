@@ -21,6 +21,9 @@ PQ_API void million_pq_encode(const struct pq_encode_params * p, int n_threads);
 PQ_API void million_pq_decode(const struct pq_decode_params * p, int n_threads);
 PQ_API void million_pq_attn  (const struct pq_attn_params   * p, int n_threads);
 
+// So that who mirrors the structs in another language can tell an old mirror from a new library.
+PQ_API size_t million_pq_attn_params_bytes(void);
+
 // pq_kmeans_assign() for many problems of one shape. Contiguous: x f32 [n_problems][n][dsub], centroids f32 [n_problems][ksub][dsub],
 // codes u8 [n_problems][n] or NULL, sums f64 [n_problems][ksub][dsub], counts i64 [n_problems][ksub], sse f64 [n_problems] or NULL.
 // Returns the sum of sse. dsub is 2 or 4, ksub 1 to 256; NaN when they are not.

@@ -1,17 +1,19 @@
 // Attention on codes: the kernel for D = 128 with codes on both sides, the shape of most models, for a few query rows per KV head.
-// One launch does the whole step: it writes the new rows to the exact tail and encodes them, attends to codes and tail, merges the
-// parts of the context and writes the result.
+// One launch does the whole step: it turns queries and new keys to their positions, writes the new rows to the exact tail and encodes them, attends to
+// codes and tail, merges the parts of the context and writes the result.
 //
 // A block has a multiprocessor to itself. It serves one KV head, up to R of its query rows and one part of the context:
 //
-//   1  asks for everything that does not depend on the kernel ahead in the stream, while that one still runs: centroids, masks, and the codes
-//      of its first tiles. It builds the tables: the centroids of K and V in shared memory, one row of 256 bytes per centroid index, so that a
-//      code byte becomes an address with one PRMT (byte 1 of the address is the code, byte 0 belongs to the lane);
+//   1  asks for everything that does not depend on the kernel ahead in the stream, while that one still runs: tables, masks, and the codes of its
+//      first tiles. Tables are the centroids of K and V in shared memory, one row of 256 bytes per centroid index, so that a code byte becomes an
+//      address with one PRMT (byte 1 of the address is the code, byte 0 belongs to the lane). They lie in memory as they are wanted here
+//      (pq-layout.h), and come by bulk copies (from 9.0 on);
 //   2  maps the queries (q' = T^-1 q, and q.mu) with a tensor-core product;
 //   3  some warps attend to the exact tail; all take tiles of 32 cells, each with a softmax of its own. Tiles that nobody sees are never read;
 //   4  merges its warps. The last block of a row group to come here merges the parts (nobody waits for anybody);
 //   5  helps to encode the new rows: units of work in a queue that every block without other work takes from. No step reads the codes
-//      that it writes (the rows are in the tail), so it does not matter when they are made.
+//      that it writes (the rows are in the tail), so it does not matter when they are made. Where the multiprocessors without attention have the
+//      time, they do it all, a whole head at a time (whole_heads).
 //
 // In what follows g = lane / 4 and t = lane % 4, as the tensor-core products place their operands (pq-cuda-common.cuh).
 //
@@ -53,17 +55,19 @@ struct args_128 : args {
     int32_t    n_attn_blocks; // the others only encode
     int32_t    n_tail_warps;
     int32_t    tail_mask_by_16;
-    int32_t    early_tables;  // build the tables without asking masks first: a part so large has cells that somebody sees
+    int32_t    early_tables;  // ask for the tables without asking masks first: a part so large has cells that somebody sees
     int32_t    settled;       // nothing but queries and new rows is still being written when the kernel starts
     uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups], then units taken, then blocks done; 0 before and after a launch
     int32_t    n_counters;    // of arrivals
     // The rows of this step, not yet written. n_new 0: they are.
     int32_t    n_new;
     int32_t    n_units;          // of encoding: strips of heads of both sides, 8 rows at a time
+    int32_t    whole_heads;      // blocks without attention encode all of them, all strips of a head at once: slower for one, faster for many
     int64_t    slot_base;        // where the slots of `p.tail` begin among those that tail_idx counts
     int64_t    slots_per_stream;
     pq_encode_sides new_rows;
-    uint32_t smem_codes, smem_weights, smem_sums; // byte offsets, with those of args
+    pq_cuda_rope    rope;
+    uint32_t smem_codes, smem_weights, smem_sums, smem_barrier; // byte offsets, with those of args
 };
 
 // Words of codes that a lane loads of a cell's K.
@@ -154,7 +158,7 @@ PQ_DEVICE void swap_if(bool yes, uint32_t & a, uint32_t & b) {
     a = x;
 }
 
-// The lane's 16 half2 of one cell, half2 i ^ turn at i. The row of the table: first the first halves of the four quarters (BY_QUARTERS).
+// The lane's 16 half2 of one cell, half2 i ^ turn at i. The row of the table: first the first halves of the four quarters (pq-layout.h).
 template <int TYPE>
 PQ_DEVICE void lookup_k(uint32_t (&y)[16], const uint32_t (&w)[k_words<TYPE>::N], const k_lane & s) {
     if constexpr (TYPE == PQ_TYPE_PQ2) {
@@ -453,17 +457,52 @@ PQ_DEVICE void map_queries_128(__half * q_map, const query_rows & q, const side_
     }
 }
 
+// ---- positions ----
+
+// The 64 turns of a token to shared memory. A warp calls it, and sees them after it.
+PQ_DEVICE void put_turns(float2 * turns, const pq_cuda_rope & rope, int token, int lane) {
+    const int32_t pos = rope.pos[token];
+#pragma unroll 1
+    for (int i = lane; i < 64; i += PQ_WARP) {
+        turns[i] = pq_rope_turn(rope, pos, i);
+    }
+    __syncwarp();
+}
+
+// Elements 4 lane, ... of a row, turned.
+PQ_DEVICE float4 turn_row(const float4 & x, const float2 * turns, bool neox, int lane) {
+    if (!neox) {
+        const float4 t = ((const float4 *) turns)[lane]; // of two pairs
+        const float2 a = make_float2(t.x, t.y), b = make_float2(t.z, t.w);
+        return make_float4(pq_rope_low(a, x.x, x.y), pq_rope_high(a, x.x, x.y), pq_rope_low(b, x.z, x.w), pq_rope_high(b, x.z, x.w));
+    }
+    const float own[4] = { x.x, x.y, x.z, x.w };
+    float y[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float  other = __shfl_xor_sync(PQ_FULL_WARP, own[i], 16);
+        const float2 t     = turns[4 * (lane % 16) + i];
+        y[i] = lane < 16 ? pq_rope_low(t, own[i], other) : pq_rope_high(t, other, own[i]);
+    }
+    return make_float4(y[0], y[1], y[2], y[3]);
+}
+
 // ---- the exact tail ----
 
-// Writes the new rows to the tail as f16, K and V in turns. Blocks of the same slots write the same.
-PQ_DEVICE void write_tail_128(const args_128 & a, int stream, int head_kv, int64_t slot0, int64_t n_slots, int warp, int n_warps, int lane) {
+// Writes the new rows to the tail as f16, K and V in turns. Blocks of the same slots write the same. turns: float2 [n_q][64], room for those of K
+PQ_DEVICE void write_tail_128(const args_128 & a, float2 * turns, int stream, int head_kv, int64_t slot0, int64_t n_slots, int warp, int n_warps, int lane) {
 #pragma unroll 1
     for (int i = warp; i < 2 * a.n_new; i += n_warps) {
         const pq_encode_params & p = a.new_rows.side[i & 1].p;
         const int64_t slot = p.tail_idx[i / 2];
-        const float4  x    = *((const float4 *) ((const uint8_t *) p.x + i / 2 * p.x_row_stride + head_kv * p.x_head_stride) + lane);
+        float4        x    = *((const float4 *) ((const uint8_t *) p.x + i / 2 * p.x_row_stride + head_kv * p.x_head_stride) + lane);
         const int64_t here = slot - a.slot_base - stream * a.slots_per_stream - slot0;
-        if (here >= 0 && here < n_slots) {
+        if (here >= 0 && here < n_slots) { // so it is a token of this stream
+            if (a.rope.k && i % 2 == 0) {
+                float2 * t = turns + (i / 2 - stream * (int) a.p.n_q) * 64;
+                put_turns(t, a.rope, i / 2, lane);
+                x = turn_row(x, t, a.rope.neox, lane);
+            }
             union { __half2 h[2]; uint2 u; } y;
             y.h[0] = __floats2half2_rn(x.x, x.y);
             y.h[1] = __floats2half2_rn(x.z, x.w);
@@ -643,33 +682,24 @@ struct tile_source {
     }
 };
 
-// A thread's part of a table of D = 128, on its way from the codebook to shared memory. Blocks of the same head begin at different places (first),
-// and so do not all want the same lines of L2 at a time.
-template <int TYPE, table_order ORDER, int NT>
-struct table_part {
-    typedef table_item<TYPE, ORDER> item_t;
-    enum { COUNT = 16 * item_t::KSUB / item_t::N_CEN, N = (COUNT + NT - 1) / NT };
-    item_t items[N];
+// ---- tables ----
 
-    static __device__ __forceinline__ int first(int split, int n_split) { return (int) ((uint32_t) split * COUNT / n_split) & ~31; }
-
-    __device__ __forceinline__ void load(const uint8_t * centroids, int first, int tid) {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            if (COUNT % NT == 0 || tid + i * NT < COUNT) {
-                items[i].load(centroids, (first + tid + i * NT) % COUNT, 128);
-            }
-        }
+// Asks for the lookup tables of a head. From 9.0 on one thread calls it, before that all do.
+template <int KT, int VT, int NT>
+PQ_DEVICE void ask_for_tables(const args_128 & a, int head_kv, uint8_t * smem, uint32_t barrier, int tid) {
+    constexpr uint32_t K = table_bytes(KT, 16), V = table_bytes(VT, 16);
+    const uint8_t * k = a.p.k.tables + (size_t) head_kv * K, * v = a.p.v.tables + (size_t) head_kv * V;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    pq_bulk_expect(barrier, K + V);
+    pq_bulk_copy(PQ_SHARED_BASE,     k, K, barrier);
+    pq_bulk_copy(PQ_SHARED_BASE + K, v, V, barrier);
+#else
+#pragma unroll 4
+    for (int i = tid; i < (int) (K + V) / 16; i += NT) {
+        ((uint4 *) smem)[i] = __ldg(i < (int) K / 16 ? (const uint4 *) k + i : (const uint4 *) v + (i - K / 16));
     }
-    __device__ __forceinline__ void store(uint8_t * table, int first, int tid) const {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            if (COUNT % NT == 0 || tid + i * NT < COUNT) {
-                items[i].store(table, (first + tid + i * NT) % COUNT, 128);
-            }
-        }
-    }
-};
+#endif
+}
 
 // ---- the result ----
 
@@ -828,55 +858,86 @@ PQ_DEVICE void write_rows_128(const args_128 & a, const row_info * rows, const f
 
 // ---- encoding ----
 
-// One function per type, called and not inlined: the registers of the attention loop are counted.
-template <int TYPE>
-__device__ __noinline__ void encode_unit(const pq_encode_side & side, int head, int col0, int64_t row0, pq_encode_few_smem<128> & s) {
-    pq_encode_few<TYPE, true>(side, head, col0, row0, s);
+struct encode_place {
+    int     side, head, col0;
+    int64_t row0;
+
+    __device__ __forceinline__ encode_place(const args_128 & a, int unit) {
+        constexpr int N_STRIP = 128 / PQ_ENCODE_STRIP;
+        const int h = unit / N_STRIP % (2 * a.p.n_head_kv);
+        col0 = unit % N_STRIP * PQ_ENCODE_STRIP;
+        side = h >= a.p.n_head_kv;
+        head = h - side * a.p.n_head_kv;
+        row0 = (int64_t) (unit / N_STRIP / (2 * a.p.n_head_kv)) * PQ_ENCODE_FEW_ROWS;
+    }
+};
+
+PQ_DEVICE int take_unit(const args_128 & a, int n_given) { // from the queue
+    return n_given + (int) atomicAdd(a.counters + a.n_counters, 1u);
 }
 
-// Takes units until there are none; `unit` is the first (negative: one from the queue). Units below n_given are not in the queue.
-template <int KT, int VT, int NT>
-__device__ __noinline__ void encode_units(const args_128 & a, uint8_t * smem, int unit, int n_given) {
-    constexpr int N_STRIP = 128 / PQ_ENCODE_STRIP;
-    static_assert(NT % PQ_ENCODE_FEW_THREADS == 0, "every thread is of a group");
-    const int group = threadIdx.x / PQ_ENCODE_FEW_THREADS;
-    pq_encode_few_smem<128> & s = ((pq_encode_few_smem<128> *) smem)[group];
-    for (;;) {
-        if (unit < 0) {
-            if (pq_encode_thread<true>() == 0) {
-                s.unit = n_given + (int) atomicAdd(a.counters + a.n_counters, 1u);
+// One function per type, called and not inlined: the registers of the attention loop are counted. The group's next unit (from thread 0; a.n_units: none) comes
+// to s.unit, and its part of the codebook to L2.
+template <int TYPE, int COLS>
+__device__ __noinline__ void encode_unit(const args_128 & a, int unit, int next, pq_encode_few_smem<128, COLS> & s) {
+    const encode_place at(a, unit);
+    const int tid = pq_encode_thread<true>();
+    pq_encode_few<TYPE, true>(a.new_rows.side[at.side], a.rope.k && at.side == 0 ? &a.rope : nullptr, at.head, at.col0, at.row0, s,
+        [&] {
+            if (tid == 0) {
+                s.unit = next;
             }
-            pq_encode_sync<true>();
-            unit = s.unit;
+        },
+        [&] {
+            if (s.unit < a.n_units) {
+                const encode_place then(a, s.unit); // on the other side the type may be another: then it is a part of what is needed
+                pq_encode_prefetch<TYPE, COLS>(a.new_rows.side[then.side], then.head, then.col0, tid, PQ_ENCODE_FEW_THREADS);
+            }
+        });
+}
+
+// A group encodes unit after unit until there are none. Units below n_given are not in the queue.
+template <int KT, int VT>
+__device__ __noinline__ void encode_units(const args_128 & a, pq_encode_few_smem<128, PQ_ENCODE_STRIP> & s, int unit, int n_given) {
+    while (unit < a.n_units) {
+        int next = a.n_units; // asked for ahead: the answer takes a while, and what the unit needs does too
+        if (n_given < a.n_units && pq_encode_thread<true>() == 0) {
+            next = take_unit(a, n_given);
         }
-        if (unit >= a.n_units) {
-            break;
-        }
-        const int     col0 = unit % N_STRIP * PQ_ENCODE_STRIP;
-        const int     head = unit / N_STRIP % (2 * a.p.n_head_kv);
-        const int64_t row0 = (int64_t) (unit / N_STRIP / (2 * a.p.n_head_kv)) * PQ_ENCODE_FEW_ROWS;
-        if (head < a.p.n_head_kv) {
-            encode_unit<KT>(a.new_rows.side[0], head, col0, row0, s);
+        if (KT == VT || encode_place(a, unit).side == 0) {
+            encode_unit<KT>(a, unit, next, s);
         } else {
-            encode_unit<VT>(a.new_rows.side[1], head - a.p.n_head_kv, col0, row0, s);
+            encode_unit<VT>(a, unit, next, s);
         }
-        if (n_given >= a.n_units) { // nothing was left for the queue
-            break;
-        }
-        unit = -1;
-        pq_encode_sync<true>();
+        unit = s.unit;
+        pq_encode_sync<true>(); // everybody has read it, and the codes
     }
 }
 
-// The last block to be done leaves the counters as it found them.
-PQ_DEVICE void reset_counters(const args_128 & a) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        uint32_t * units = a.counters + a.n_counters, * done = units + 1;
-        if (atomicAdd(done, 1u) == gridDim.x - 1) {
-            *units = 0;
-            *done  = 0;
+// A group encodes every n_groups-th head.
+template <int KT, int VT>
+__device__ __noinline__ void encode_heads(const args_128 & a, pq_encode_few_smem<128, 128> & s, int group, int n_groups) {
+    constexpr int N_STRIP = 128 / PQ_ENCODE_STRIP;
+    for (int unit = group * N_STRIP; unit < a.n_units; unit += n_groups * N_STRIP) {
+        const int next = min(unit + n_groups * N_STRIP, a.n_units);
+        if (KT == VT || encode_place(a, unit).side == 0) {
+            encode_unit<KT>(a, unit, next, s);
+        } else {
+            encode_unit<VT>(a, unit, next, s);
         }
+        pq_encode_sync<true>(); // everybody has read the codes
+    }
+}
+
+// A block that is done with the queue says so, and the last one leaves it as it found it. One thread calls them.
+PQ_DEVICE uint32_t leave_queue(const args_128 & a) {
+    return atomicAdd(a.counters + a.n_counters + 1, 1u);
+}
+
+PQ_DEVICE void reset_queue(const args_128 & a, uint32_t n_left /* from leave_queue */) {
+    if (n_left == gridDim.x - 1) {
+        a.counters[a.n_counters]     = 0;
+        a.counters[a.n_counters + 1] = 0;
     }
 }
 
@@ -893,6 +954,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     constexpr int N_O = R == 1 ? 2 : 2 * R;
     constexpr int N_S = softmax_lane<R>::N;
     constexpr int N_GROUP_ENCODE = NT / PQ_ENCODE_FEW_THREADS;
+    static_assert(NT % PQ_ENCODE_FEW_THREADS == 0, "every thread is of a group");
     constexpr uint32_t V_TABLE = table_bytes(KT, L);
     constexpr uint32_t K_BYTES = TILE_128 * 16 * k_words<KT>::N, V_BYTES = TILE_128 * 16 * k_words<VT>::N;
 
@@ -902,24 +964,36 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     float2   * ml      = (float2 *)   (smem + a.smem_merge_ml); // {m, sum of weights} [NW][R]
     float2   * tail_ml = ml + NW * R;                           // the same of the tail [n_tail_warps][R]
     float    * head    = (float *) (tail_ml + NW * R);          // [R][4]: m, weight of the coded part, weight of the tail; then a flag
+    int      * claims  = (int *) (head + 4 * R + 4);            // [N_GROUP_ENCODE]: units to encode
     float    * sums    = (float *)    (smem + a.smem_sums);     // [2][R][128]: coded, tail
     uint32_t * q_split = (uint32_t *) sums;                     // [4 R][Q_SPLIT_STRIDE], before there are sums
     float    * tail_o  = (float *)    (smem + a.smem_tail);     // [n_tail_warps][R][128]
+    float2   * turns   = (float2 *) tail_o;                     // [R + n_q][64]: of the queries and of new rows, before the tail is attended to
 
     const int tid = threadIdx.x, lane = tid % PQ_WARP;
     const int warp = __shfl_sync(PQ_FULL_WARP, tid / PQ_WARP, 0); // so that the compiler knows it to be the same in all lanes
     const int g = lane / 4, t = lane % 4;
     const int n_encode_blocks = gridDim.x - a.n_attn_blocks;
-    const int n_given = n_encode_blocks * N_GROUP_ENCODE; // units that blocks without attention begin with
+    const int n_given = a.whole_heads ? a.n_units : n_encode_blocks * N_GROUP_ENCODE; // units that blocks without attention begin with
+    pq_encode_few_smem<128, PQ_ENCODE_STRIP> & encode_smem = ((pq_encode_few_smem<128, PQ_ENCODE_STRIP> *) smem)[tid / PQ_ENCODE_FEW_THREADS];
 
     if ((uint32_t) __cvta_generic_to_shared(smem) != PQ_SHARED_BASE) {
         __trap(); // see PQ_SHARED_BASE
     }
     if ((int) blockIdx.x >= a.n_attn_blocks) {
-        encode_units<KT, VT, NT>(a, smem, (blockIdx.x - a.n_attn_blocks) * N_GROUP_ENCODE + tid / PQ_ENCODE_FEW_THREADS, n_given);
+        pq_pdl_launch_next();
+        if (a.whole_heads) {
+            encode_heads<KT, VT>(a, ((pq_encode_few_smem<128, 128> *) smem)[tid / PQ_ENCODE_FEW_THREADS],
+                                 (blockIdx.x - a.n_attn_blocks) * N_GROUP_ENCODE + tid / PQ_ENCODE_FEW_THREADS, n_encode_blocks * N_GROUP_ENCODE);
+            return;
+        }
+        encode_units<KT, VT>(a, encode_smem, (blockIdx.x - a.n_attn_blocks) * N_GROUP_ENCODE + tid / PQ_ENCODE_FEW_THREADS, n_given);
         if (n_given < a.n_units) {
             pq_pdl_wait(); // the counters may still be those of a kernel before this one
-            reset_counters(a);
+            __syncthreads();
+            if (tid == 0) {
+                reset_queue(a, leave_queue(a));
+            }
         }
         return;
     }
@@ -937,6 +1011,14 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     const uint8_t * k_block = a.p.k.codebook + head_kv * a.k.head_bytes;
     const uint8_t * v_block = a.p.v.codebook + head_kv * a.v.head_bytes;
 
+    const uint32_t tables_here = PQ_SHARED_BASE + a.smem_barrier;
+    constexpr bool ONE_ASKS = PQ_HAS_BULK_COPIES;
+    if (tid == 0) {
+        pq_bulk_open(tables_here);
+    }
+    if (a.early_tables && (!ONE_ASKS || tid == 0)) {
+        ask_for_tables<KT, VT, NT>(a, head_kv, smem, tables_here, tid);
+    }
     const uint8_t * k_codes = a.p.k.data + stream * a.p.k.stream_stride + head_kv * a.p.k.head_stride + kv0 * a.p.k.row_stride;
     const uint8_t * v_codes = a.p.v.data + stream * a.p.v.stream_stride + head_kv * a.p.v.head_stride + kv0 * a.p.v.row_stride;
     if (tid < R) {
@@ -950,6 +1032,19 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             }
             if (a.v.T_inv) {
                 pq_prefetch_l2(v_block + a.v.T_inv + i * 128);
+            }
+        }
+    }
+    if (a.settled) { // masks of the part
+        for (int tok = warp; tok < (int) a.p.n_q; tok += NW) {
+            uint32_t of_stream = (uint32_t) stream;
+            const uint8_t * mask = a.p.mask + a.by_stream_mask.split(of_stream) * a.p.mask_stream_stride + tok * a.p.mask_token_stride + kv0 * 2;
+            const uint8_t * tail_mask = a.p.tail.mask + stream * a.p.tail.mask_stream_stride + tok * a.p.tail.mask_token_stride + slot0 * 2;
+            for (int i = lane; a.p.mask && i * 64 < n_cell; i += PQ_WARP) {
+                pq_prefetch_l2(mask + i * 128);
+            }
+            if (lane * 64 < n_slots) {
+                pq_prefetch_l2(tail_mask + lane * 128);
             }
         }
     }
@@ -984,68 +1079,64 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         }
         pq_copy_commit();
     };
-    // The first tiles and the tables. Tables come second, so that codes are on their way meanwhile, unless masks must be waited for. (A loop, so
-    // that either is there once.)
-    int  tile = -1, step = -1;
+    if (!a.settled) {
+        pq_pdl_wait();
+    }
+    const int first_tile = tiles.next(seen_tile);
+    load_k(first_tile);
+    load_v(first_tile);
+    const int first_step = steps.next(seen_step);
+    if (first_step >= 0) { // the first rows of the tail to L2, two lines each of K and V
+        const int64_t slot = slot0 + min(first_step * TAIL_STEP + lane / 4, n_slots - 1);
+        const uint8_t * tail_row = lane % 4 < 2 ? a.p.tail.k + stream * a.p.tail.k_stream_stride + head_kv * a.p.tail.k_head_stride + slot * a.p.tail.k_row_stride
+                                                : a.p.tail.v + stream * a.p.tail.v_stream_stride + head_kv * a.p.tail.v_head_stride + slot * a.p.tail.v_row_stride;
+        pq_prefetch_l2(tail_row + lane % 2 * 128);
+    }
     bool any_tile = a.early_tables;
-    const int tables_turn = a.settled || !a.early_tables;
-#pragma unroll 1
-    for (int turn = 0; turn < 2; turn++) {
-        if (turn != tables_turn) {
-            if (!a.settled) {
-                pq_pdl_wait();
-            }
-            tile = tiles.next(seen_tile);
-            load_k(tile);
-            load_v(tile);
-            step = steps.next(seen_step);
-            if (step >= 0) { // the first rows of the tail to L2, two lines each of K and V
-                const int64_t slot = slot0 + min(step * TAIL_STEP + lane / 4, n_slots - 1);
-                const uint8_t * tail_row = lane % 4 < 2 ? a.p.tail.k + stream * a.p.tail.k_stream_stride + head_kv * a.p.tail.k_head_stride + slot * a.p.tail.k_row_stride
-                                                        : a.p.tail.v + stream * a.p.tail.v_stream_stride + head_kv * a.p.tail.v_head_stride + slot * a.p.tail.v_row_stride;
-                pq_prefetch_l2(tail_row + lane % 2 * 128);
-            }
-            if (!a.early_tables) {
-                any_tile = __syncthreads_or(tile >= 0);
-            }
-        } else if (any_tile) {
-            table_part<KT, BY_QUARTERS, NT> k_table;
-            table_part<VT, IN_ORDER, NT>    v_table;
-            const int k_first = k_table.first(split, a.n_split), v_first = v_table.first(split, a.n_split);
-            k_table.load(k_block + a.k.centroids, k_first, tid);
-            v_table.load(v_block + a.v.centroids, v_first, tid);
-            k_table.store(smem, k_first, tid);
-            v_table.store(smem + V_TABLE, v_first, tid);
+    if (!any_tile) {
+        any_tile = __syncthreads_or(first_tile >= 0);
+        if (any_tile && (!ONE_ASKS || tid == 0)) {
+            ask_for_tables<KT, VT, NT>(a, head_kv, smem, tables_here, tid);
         }
     }
+    const int q_row = warp - (NW - R); // the query that the warp loads, 0 .. R - 1: the first warps have the tail to see to
     uint4  t_inv[4] = {};
     float4 mu = {};
     if (any_tile) {
         if (a.k.T_inv) {
             load_T_inv(t_inv, a.k, k_block, 8 * warp, lane);
         }
-        if (warp < R) {
+        if (q_row >= 0) {
             mu = __ldg((const float4 *) (k_block + a.k.mu) + lane);
         }
+    }
+    if (a.rope.q && q_row >= 0) { // rows are [n_q][n_group]
+        uint32_t token = (uint32_t) min(row0 + q_row, a.n_rows - 1);
+        a.by_group.split(token);
+        put_turns(turns + q_row * 64, a.rope, stream * (int) a.p.n_q + (int) token, lane);
     }
     if (a.settled) {
         pq_pdl_wait();
     }
 
     // Everything that the block still has to wait for is asked for at once.
-    if (warp < R) {
+    if (q_row >= 0) {
         // not through __ldg, which the compiler may move ahead of the wait for the kernel that makes the queries
-        const uint4 u = row0 + warp < a.n_rows ? pq_load_row_u128(rows[warp].q + 16 * lane) : make_uint4(0, 0, 0, 0);
-        const float4 x = make_float4(__uint_as_float(u.x) * a.q_scale, __uint_as_float(u.y) * a.q_scale, __uint_as_float(u.z) * a.q_scale, __uint_as_float(u.w) * a.q_scale);
-        store_query(q_split, warp, x, lane);
+        const uint4 u = row0 + q_row < a.n_rows ? pq_load_row_u128(rows[q_row].q + 16 * lane) : make_uint4(0, 0, 0, 0);
+        float4 x = make_float4(__uint_as_float(u.x), __uint_as_float(u.y), __uint_as_float(u.z), __uint_as_float(u.w));
+        if (a.rope.q) {
+            x = turn_row(x, turns + q_row * 64, a.rope.neox, lane);
+        }
+        x = make_float4(x.x * a.q_scale, x.y * a.q_scale, x.z * a.q_scale, x.w * a.q_scale);
+        store_query(q_split, q_row, x, lane);
         const float q_mu = pq_warp_sum(fmaf(x.x, mu.x, fmaf(x.y, mu.y, fmaf(x.z, mu.z, x.w * mu.w))));
         if (lane == 0) {
-            rows[warp].q_mu = q_mu;
+            rows[q_row].q_mu = q_mu;
         }
     }
-    write_tail_128(a, stream, head_kv, slot0, n_slots, (warp + NW - R) % NW, NW, lane);
+    write_tail_128(a, turns + R * 64, stream, head_kv, slot0, n_slots, (2 * NW - R - 1 - warp) % NW, NW, lane);
 
-    __syncthreads(); // queries, tables
+    __syncthreads(); // queries, and, before 9.0, tables
     query_rows qr;
     load_queries<R>(qr, q_split, lane);
     if (any_tile) {
@@ -1053,7 +1144,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     }
     __syncthreads(); // mapped queries, new rows
     if (warp < nw_tail) {
-        attend_tail_128<R>(tail_o + warp * R * D, tail_ml + warp * R, a, rows, qr, stream, head_kv, slot0, n_slots, step, steps, seen_step, lane);
+        attend_tail_128<R>(tail_o + warp * R * D, tail_ml + warp * R, a, rows, qr, stream, head_kv, slot0, n_slots, first_step, steps, seen_step, lane);
     }
 
     float o[N_O][4], m = -CUDART_INF_F, sum = 0.0f;
@@ -1064,6 +1155,8 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     const int row = softmax_lane<R>::row(lane); // the lane's row in the softmax
     int       v_order = 0;
     if (any_tile) {
+        pq_bulk_wait(tables_here);
+        int       tile = first_tile;
         k_lane    kl = {};
         lane_side vl = {};
         init_k_lane<KT>(kl, lane);
@@ -1253,6 +1346,10 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     }
     pq_copy_wait<0>();
     pq_pdl_launch_next();
+    int claim = a.n_units; // of units to encode: asked for now, known when the warps are merged
+    if (n_given < a.n_units && pq_encode_thread<true>() == 0) {
+        claim = take_unit(a, n_given);
+    }
     if (t == 0 && g < R) {
         ml[warp * R + g] = make_float2(m, sum);
     }
@@ -1295,7 +1392,19 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             }
         }
     }
+    if (pq_encode_thread<true>() == 0) {
+        claims[tid / PQ_ENCODE_FEW_THREADS] = claim;
+    }
     __syncthreads();
+    bool encodes = false;
+#pragma unroll
+    for (int i = 0; i < N_GROUP_ENCODE; i++) {
+        encodes = encodes || claims[i] < a.n_units;
+    }
+    uint32_t n_left = 0; // blocks that are done with the queue: the answer is needed at the end
+    if (n_given < a.n_units && !encodes && tid == 0) {
+        n_left = leave_queue(a);
+    }
     const int record_floats = 4 + 2 * D;
     float * records = a.partials + (((size_t) stream * a.p.n_head_kv + head_kv) * a.n_rows + row0) * a.n_split * record_floats;
     for (int i = tid; i < R * D; i += NT) {
@@ -1350,10 +1459,16 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         __syncthreads();
         write_rows_128<R, NW>(a, rows, sums, head, (const __half *) (smem + V_MAP), warp, lane);
     }
-    if (n_given < a.n_units) {
+    if (encodes) {
         __syncthreads();
-        encode_units<KT, VT, NT>(a, smem, -1, n_given);
-        reset_counters(a);
+        encode_units<KT, VT>(a, encode_smem, claims[tid / PQ_ENCODE_FEW_THREADS], n_given);
+        __syncthreads();
+        if (tid == 0) {
+            n_left = leave_queue(a);
+        }
+    }
+    if (n_given < a.n_units && tid == 0) {
+        reset_queue(a, n_left);
     }
 }
 

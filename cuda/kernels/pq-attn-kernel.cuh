@@ -235,15 +235,9 @@ PQ_DEVICE void prefetch_l2(const uint8_t * block, const side_args & s, int i, in
     }
 }
 
-// How the 16-byte pieces of a table row (8 elements of the head each) are laid out.
-enum table_order {
-    IN_ORDER,
-    BY_QUARTERS, // D = 128: first the first halves of the four quarters of the head, then the second halves (pq-attn-128-kernel.cuh)
-};
-
 // One thread's work on a table, whose row c holds, 16 bytes per lane, centroid c of every subspace in the head's order. It takes the subspaces of
 // one lane and 16 bytes of centroids of each, and turns that little matrix: both sides see whole 16-byte accesses.
-template <int TYPE, table_order ORDER>
+template <int TYPE>
 struct table_item {
     enum {
         DSUB  = TYPE == PQ_TYPE_PQ2 ? 4 : 2,
@@ -260,7 +254,7 @@ struct table_item {
     // Items side by side: 4 lanes for the stores, 8 runs of 16 bytes, a whole line of memory, for the loads.
     static __device__ __forceinline__ int lane(int item, int D) {
         const int block = item / 32 % n_lane4(D);
-        return ORDER == IN_ORDER ? item % 4 + 4 * block : item % 2 + item / 2 % 2 * 4 + block % 2 * 2 + block / 2 * 8;
+        return item % 4 + 4 * block;
     }
     static __device__ __forceinline__ int centroid(int item, int D) {
         return (item / 4 % 8 + 8 * (item / 32 / n_lane4(D))) * N_CEN;
@@ -273,9 +267,8 @@ struct table_item {
         }
     }
     __device__ __forceinline__ void store(uint8_t * table, int item, int D) const {
-        const int l     = lane(item, D);
-        const int piece = ORDER == IN_ORDER ? l : l / 2 % 2 * 8 + l / 4 * 2 + l % 2;
-        uint8_t * row   = table + piece / 16 * PLANE + centroid(item, D) * 256 + piece % 16 * 16;
+        const int l   = lane(item, D);
+        uint8_t * row = table + l / 16 * PLANE + centroid(item, D) * 256 + l % 16 * 16;
         if constexpr (DSUB == 2) {
             *(uint4 *) row         = make_uint4(x[0].x, x[1].x, x[2].x, x[3].x);
             *(uint4 *) (row + 256) = make_uint4(x[0].y, x[1].y, x[2].y, x[3].y);
@@ -291,7 +284,7 @@ struct table_item {
 template <int TYPE>
 PQ_DEVICE void build_table(uint8_t * table, const uint8_t * centroids, int D, int tid, int nt) {
     if constexpr (TYPE != PLAIN) {
-        typedef table_item<TYPE, IN_ORDER> item_t;
+        typedef table_item<TYPE> item_t;
 #pragma unroll 2
         for (int i = tid; i < item_t::count(D); i += nt) {
             if (item_t::lane(i, D) < D / 8) {

@@ -13,6 +13,7 @@ constexpr int PROLOGUE_CELLS = 400;    // what a block does before its first cel
 constexpr int EARLY_CELLS    = 512;    // below it a block may well see nothing but the tail, and its tables would be built for nothing
 constexpr int COMBINE_CELLS  = 200;    // and merging the parts, as this many
 constexpr int MAX_NEW_ROWS   = 64;     // of a step: every block looks at the slots of all
+constexpr int WHOLE_HEAD_CELLS = 4000; // a group encodes all of a head in the time that a block attends to as many cells of one row
 
 int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -56,8 +57,13 @@ bool tables_apart(const pq_attn_params & p, int lanes) {
     return lanes < 32 || !is_coded(p.k) || !is_coded(p.v) || (p.k.type == PQ_TYPE_PQ3 && p.v.type == PQ_TYPE_PQ3);
 }
 
+// Shared memory of a block that encodes whole heads, and nothing else.
+size_t whole_heads_bytes(int R) {
+    return n_threads_128(R) / PQ_ENCODE_FEW_THREADS * sizeof(pq_encode_few_smem<128, 128>);
+}
+
 struct smem_layout_128 {
-    size_t codes, rows, qt, weights, merge_ml, sums, tail, bytes;
+    size_t codes, rows, qt, weights, merge_ml, sums, tail, barrier, bytes;
 };
 
 // Of attn_128_kernel.
@@ -66,7 +72,7 @@ smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_
     smem_layout_128 s;
     // after the tables their room serves the merge, beside it T_inv of V, and the encoder
     size_t off = std::max({ (size_t) table_bytes(p.k.type, 16) + table_bytes(p.v.type, 16), NW * 2 * R * 128 * sizeof(float) + V_MAP_BYTES,
-                            NW * PQ_WARP / PQ_ENCODE_FEW_THREADS * sizeof(pq_encode_few_smem<128>) });
+                            NW * PQ_WARP / PQ_ENCODE_FEW_THREADS * sizeof(pq_encode_few_smem<128, PQ_ENCODE_STRIP>) });
     auto take = [&](size_t bytes) {
         const size_t at = off;
         off += (bytes + 15) / 16 * 16;
@@ -77,9 +83,10 @@ smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_
     s.rows     = take(R * sizeof(row_info));
     s.qt       = take((size_t) R * Q_STRIDE * sizeof(uint16_t));
     s.weights  = take(R > 1 ? ((NW + 1) * 16 * R + 4) * sizeof(uint32_t) : 0);
-    s.merge_ml = take((4 * NW * R + 4 * R + 4) * sizeof(float));
+    s.merge_ml = take((4 * NW * R + 4 * R + 8) * sizeof(float));
     s.sums     = take((size_t) R * 2 * 128 * sizeof(float));
-    s.tail     = take((size_t) n_tail_warps * R * 128 * sizeof(float));
+    s.tail     = take((size_t) (n_tail_warps > 0 ? std::max(n_tail_warps, 2) : 0) * R * 128 * sizeof(float)); // first it holds turns of R + n_q tokens
+    s.barrier  = take(sizeof(uint64_t));
     s.bytes    = off;
     return s;
 }
@@ -87,7 +94,7 @@ smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_
 // Whether attn_128_kernel takes these parameters, where it has the shared memory: it copies 16 bytes of codes at a time.
 bool takes_kernel_128(const pq_attn_params & p, const pq_cuda_device_props & device, int R) {
     for (const pq_attn_side * s : { &p.k, &p.v }) {
-        if (s->D != 128 || !is_coded(*s) || ((uintptr_t) s->data | s->row_stride | s->head_stride | s->stream_stride) % 16 != 0) {
+        if (s->D != 128 || !is_coded(*s) || !s->tables || ((uintptr_t) s->data | s->row_stride | s->head_stride | s->stream_stride) % 16 != 0) {
             return false;
         }
     }
@@ -199,6 +206,9 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
         const size_t room     = device.smem_optin - get_smem_layout_128(p, R, 0).bytes;
         plan.n_tail_warps = (int32_t) std::min<int64_t>({ plan.n_threads / PQ_WARP, div_up(plan.slots_per_split, TAIL_STEP), (int64_t) (room / per_warp) });
         plan.smem_bytes   = get_smem_layout_128(p, R, plan.n_tail_warps).bytes;
+        if (p.tail.n > 0 && whole_heads_bytes(R) <= device.smem_optin) {
+            plan.smem_bytes = std::max(plan.smem_bytes, whole_heads_bytes(R));
+        }
         return plan;
     }
     const int64_t n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
@@ -258,8 +268,8 @@ static void set_args(args & a, const pq_attn_params & p, const pq_cuda_attn_plan
     a.partials      = (float *) scratch;
 }
 
-static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, bool settled, void * scratch,
-                           void * counters, cudaStream_t stream) {
+static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, const pq_cuda_rope * rope,
+                           bool settled, void * scratch, void * counters, cudaStream_t stream) {
     const smem_layout_128 s = get_smem_layout_128(p, plan.rows_per_block, plan.n_tail_warps);
     args_128 a = {};
     set_args(a, p, plan, scratch);
@@ -280,17 +290,24 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
     a.smem_merge_ml = (uint32_t) s.merge_ml;
     a.smem_sums     = (uint32_t) s.sums;
     a.smem_tail     = (uint32_t) s.tail;
+    a.smem_barrier  = (uint32_t) s.barrier;
+    if (rope) {
+        a.rope = *rope;
+    }
     int n_blocks = plan.n_blocks;
     if (new_rows) {
-        const int64_t n_row_parts = div_up(new_rows->n_rows, PQ_ENCODE_FEW_ROWS);
         a.new_rows         = pq_make_encode_sides(new_rows, 2);
         a.n_new            = (int32_t) new_rows->n_rows;
-        a.n_units          = (int32_t) (n_row_parts * 2 * p.n_head_kv * (128 / PQ_ENCODE_STRIP));
+        a.n_units          = (int32_t) (div_up(new_rows->n_rows, PQ_ENCODE_FEW_ROWS) * 2 * p.n_head_kv * (128 / PQ_ENCODE_STRIP));
         a.slot_base        = (p.tail.k - new_rows->tail) / (int64_t) new_rows->tail_row_stride;
         a.slots_per_stream = (int64_t) (p.tail.k_stream_stride / new_rows->tail_row_stride);
-        // multiprocessors without attention encode; where there are none, blocks do when they are done
+        // multiprocessors without attention encode; where there are few, blocks do when they are done
         const int n_groups = plan.n_threads / PQ_ENCODE_FEW_THREADS;
-        n_blocks += std::min<int>(std::max(plan.n_sm - plan.n_blocks, 0), (int) div_up(a.n_units, n_groups));
+        const int n_free   = std::max(plan.n_sm - plan.n_blocks, 0);
+        const int n_heads  = a.n_units / (128 / PQ_ENCODE_STRIP);
+        a.whole_heads = n_free > 0 && n_free * n_groups < a.n_units && plan.smem_bytes >= whole_heads_bytes(plan.rows_per_block) &&
+                        div_up(n_heads, n_free * n_groups) * WHOLE_HEAD_CELLS <= PROLOGUE_CELLS + plan.cells_per_split * std::min<int>(plan.rows_per_block, 2);
+        n_blocks += std::min<int>(n_free, (int) div_up(a.whole_heads ? n_heads : a.n_units, n_groups));
     }
     return plan.rows_per_block == 1 ? launch_128<1>(a, plan, n_blocks, stream)
          : plan.rows_per_block == 4 ? launch_128<4>(a, plan, n_blocks, stream)
@@ -329,9 +346,12 @@ const char * pq_cuda_step_unsupported(const pq_attn_params & p, const pq_cuda_at
     return nullptr;
 }
 
-cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, bool settled, void * scratch,
-                         void * counters, cudaStream_t stream) {
-    return pq_cuda_step_unsupported(p, plan, new_rows) ? cudaErrorInvalidValue : run_128(p, plan, new_rows, settled, scratch, counters, stream);
+cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, const pq_cuda_rope * rope,
+                         bool settled, void * scratch, void * counters, cudaStream_t stream) {
+    if (pq_cuda_step_unsupported(p, plan, new_rows) || (rope && new_rows->n_rows != p.n_q * p.n_stream)) {
+        return cudaErrorInvalidValue;
+    }
+    return run_128(p, plan, new_rows, rope, settled, scratch, counters, stream);
 }
 
 cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch, void * counters, cudaStream_t stream) {
@@ -339,7 +359,7 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
         return cudaSuccess;
     }
     if (plan.kernel == PQ_CUDA_ATTN_128) {
-        return run_128(p, plan, nullptr, false, scratch, counters, stream);
+        return run_128(p, plan, nullptr, nullptr, false, scratch, counters, stream);
     }
     const int64_t     n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
     const smem_layout s      = get_smem_layout(p, plan.lanes, plan.rows_per_block, plan.kernel == PQ_CUDA_ATTN_TWO_PHASES, n_list, plan.score_tiles);

@@ -140,6 +140,45 @@ PQ_DEVICE void pq_copy_wait() {
     asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool PQ_HAS_BULK_COPIES = true;
+#else
+constexpr bool PQ_HAS_BULK_COPIES = false;
+#endif
+
+// Large copies from global to shared memory that one thread asks for and every thread can wait for (from 9.0 on; before that, threads copy).
+// `barrier`: shared address of 8 bytes. One thread opens it and asks for copies; after a __syncthreads() others may wait, all of them once.
+PQ_DEVICE void pq_bulk_open(uint32_t barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(barrier) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+#endif
+}
+
+PQ_DEVICE void pq_bulk_expect(uint32_t barrier, uint32_t n_bytes /* of all copies */) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "r"(n_bytes) : "memory");
+#endif
+}
+
+PQ_DEVICE void pq_bulk_copy(uint32_t shared, const uint8_t * global, uint32_t n_bytes, uint32_t barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 : : "r"(shared), "l"(global), "r"(n_bytes), "r"(barrier) : "memory");
+#endif
+}
+
+PQ_DEVICE void pq_bulk_wait(uint32_t barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+                 "@!done bra again;\n"
+                 "}" : : "r"(barrier) : "memory");
+#endif
+}
+
 PQ_DEVICE __half2 pq_as_half2(uint32_t x) {
     __half2 h;
     memcpy(&h, &x, 4);

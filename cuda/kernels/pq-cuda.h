@@ -57,14 +57,29 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
 // zero: a launch leaves them so, and launches that can run at the same time need counters of their own.
 cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch, void * counters, cudaStream_t stream);
 
+// Rotary position embedding (RoPE, arXiv 2104.09864; YaRN, arXiv 2309.00071) that a step applies to its queries and to its new rows of K, all
+// elements of them. Pair i of a row at position x is turned by x * theta_scale^i; the numbers are those of ggml's GGML_OP_ROPE.
+struct pq_cuda_rope {
+    int32_t q, k;                 // whether queries are turned, whether new rows of K are
+    int32_t neox;                 // a pair is elements i, i + D/2; otherwise 2i, 2i + 1
+    const int32_t * pos;          // [n_stream * n_q]: of the tokens, in the order of the new rows
+    const float   * freq_factors; // [D/2]; NULL: 1
+    float theta_scale;            // frequency base ^ (-2 / D)
+    float freq_scale;
+    float ext_factor;             // 0: no YaRN
+    float attn_factor;
+    float corr_low, corr_high;    // YaRN's ramp, in pairs
+};
+
 // NULL, or why pq_cuda_step does not cover these parameters.
 const char * pq_cuda_step_unsupported(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows);
 
 // A whole step in one launch: what pq_cuda_encode(new_rows, 2) and then pq_cuda_attn do, for new rows (K and V of the same tokens) that all
-// have a slot in the exact tail that attention reads. `settled`: masks, and all codes and tail rows but those of the new rows, were complete before
-// the kernel ahead in the stream began. They are then read while that one may still run.
-cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, bool settled, void * scratch,
-                         void * counters, cudaStream_t stream);
+// have a slot in the exact tail that attention reads. `rope` (NULL: none) is applied to queries and rows on the way; there is one new row per query token
+// then. `settled`: masks, positions, and all codes and tail rows but those of the new rows, were complete before the kernel ahead in the stream
+// began. They are then read while that one may still run.
+cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, const pq_cuda_rope * rope,
+                         bool settled, void * scratch, void * counters, cudaStream_t stream);
 
 // Reads the properties of the current device.
 cudaError_t pq_cuda_get_device_props(pq_cuda_device_props * props);

@@ -14,7 +14,7 @@ namespace {
 
 // grid: (heads of all sides, strips, rows / 8)
 __global__ void __launch_bounds__(PQ_ENCODE_FEW_THREADS) pq_encode_few_kernel(const __grid_constant__ pq_encode_sides sides) {
-    __shared__ __align__(16) pq_encode_few_smem<PQ_MAX_D> smem;
+    __shared__ __align__(16) pq_encode_few_smem<PQ_MAX_D, PQ_ENCODE_STRIP> smem;
     const int    n_head_0 = sides.side[0].p.n_head_kv;
     const bool   second   = (int) blockIdx.x >= n_head_0;
     const int    head     = blockIdx.x - (second ? n_head_0 : 0);
@@ -25,9 +25,9 @@ __global__ void __launch_bounds__(PQ_ENCODE_FEW_THREADS) pq_encode_few_kernel(co
         return; // the other side has more
     }
     switch (side.p.type) {
-        case PQ_TYPE_PQ4: pq_encode_few<PQ_TYPE_PQ4, false>(side, head, col0, row0, smem); break;
-        case PQ_TYPE_PQ3: pq_encode_few<PQ_TYPE_PQ3, false>(side, head, col0, row0, smem); break;
-        case PQ_TYPE_PQ2: pq_encode_few<PQ_TYPE_PQ2, false>(side, head, col0, row0, smem); break;
+        case PQ_TYPE_PQ4: pq_encode_few<PQ_TYPE_PQ4, false>(side, nullptr, head, col0, row0, smem, [] {}, [] {}); break;
+        case PQ_TYPE_PQ3: pq_encode_few<PQ_TYPE_PQ3, false>(side, nullptr, head, col0, row0, smem, [] {}, [] {}); break;
+        case PQ_TYPE_PQ2: pq_encode_few<PQ_TYPE_PQ2, false>(side, nullptr, head, col0, row0, smem, [] {}, [] {}); break;
         default: break;
     }
 }

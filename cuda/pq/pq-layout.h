@@ -119,6 +119,41 @@ static inline struct pq_codebook_layout pq_get_codebook_layout(enum pq_type type
 }
 
 // ---------------------------------------------------------------------------------------------------------
+// Lookup tables at run time: the centroids once more, by index, as a kernel wants them in shared memory (CUDA, D = 128).
+// They follow the head blocks in the memory of a device that uses them:
+//
+//     tables: f16 [n_head_kv][ksub][128]    row c: centroid c of every subspace, side by side
+//
+// A row of V is in order. One of K has the four quarters of a head in two halves each, first the first halves: then four
+// threads with a quarter each read different banks.
+// ---------------------------------------------------------------------------------------------------------
+
+#define PQ_TABLE_D 128
+
+static inline size_t pq_table_bytes(enum pq_type type, int32_t D) { // of a head; 0: no kernel has a use for it
+    return D == PQ_TABLE_D ? (size_t) pq_get_spec(type).ksub * PQ_TABLE_D * sizeof(uint16_t) : 0;
+}
+
+static inline int32_t pq_table_place(int is_v, int32_t i) { // of element i in a row
+    return is_v ? i : i / 16 % 2 * 64 + i / 32 * 16 + i % 16;
+}
+
+static inline void pq_build_tables(enum pq_type type, int32_t D, int32_t n_head_kv, int has_transform, int is_v,
+                                   const uint8_t * head_blocks, uint8_t * tables) {
+    const struct pq_spec            s = pq_get_spec(type);
+    const struct pq_codebook_layout l = pq_get_codebook_layout(type, D, has_transform);
+    for (int32_t h = 0; h < n_head_kv && pq_table_bytes(type, D) > 0; h++) {
+        const uint16_t * centroids = (const uint16_t *) (head_blocks + (size_t) h * l.head_bytes + l.centroids);
+        uint16_t       * table     = (uint16_t *) (tables + (size_t) h * pq_table_bytes(type, D));
+        for (int32_t i = 0; i < D; i++) {
+            for (int32_t c = 0; c < s.ksub; c++) {
+                table[c * D + pq_table_place(is_v, i)] = centroids[(i / s.dsub * s.ksub + c) * s.dsub + i % s.dsub];
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
 // Codebook in a file: one blob per layer and side, base64 in a GGUF string (docs/format.md). Little endian.
 //
 //     header, 32 bytes:  magic "MPQB" | u32 version | u16 D | u16 n_head_kv | u16 M | u16 dsub | u16 nbits |

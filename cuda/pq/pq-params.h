@@ -74,6 +74,7 @@ struct pq_attn_side {
     size_t          head_stride;   // bytes between KV heads
     size_t          stream_stride; // bytes between streams
     void (*to_float)(const void * src, float * dst, int64_t n); // CPU only; NULL with codes, and for f16 rows
+    const uint8_t * tables;        // lookup tables of all heads (pq-layout.h); NULL: none, and the CPU has no use for them
 };
 
 // The exact tail: f16 rows of the most recent tokens. A token that is in the tail is masked in the coded part (-inf in

@@ -345,6 +345,31 @@ static void test_codebook() {
 
 // ---- encode and decode ----
 
+// The lookup tables: by index, the same centroids; rows of K with the first halves of the quarters first.
+static void test_tables() {
+    for (int t = 0; t < PQ_TYPE_COUNT; t++) {
+        const pq_spec  s  = pq_get_spec((pq_type) t);
+        const codebook cb = make_codebook((pq_type) t, 128, 2, t != 1, 5);
+        check(pq_table_bytes((pq_type) t, 64) == 0, "tables of D 64 are of no use");
+        for (int is_v = 0; is_v < 2; is_v++) {
+            std::vector<uint16_t> tables(2 * pq_table_bytes((pq_type) t, 128) / 2, 0xffff);
+            pq_build_tables((pq_type) t, 128, 2, cb.transform, is_v, cb.blocks.data(), (uint8_t *) tables.data());
+            std::vector<int> seen(128);
+            for (int i = 0; i < 128; i++) {
+                seen[pq_table_place(is_v, i)]++;
+                check(is_v || pq_table_place(is_v, i) / 64 == i % 32 / 16, "element %d is in the wrong half of the row", i);
+                for (int h = 0; h < 2; h++) {
+                    for (int c = 0; c < s.ksub; c++) {
+                        check(tables[((size_t) h * s.ksub + c) * 128 + pq_table_place(is_v, i)] == cb.centroids(h)[(i / s.dsub * s.ksub + c) * s.dsub + i % s.dsub],
+                              "table of %s, head %d, centroid %d, element %d", type_names[t], h, c, i);
+                    }
+                }
+            }
+            check(std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; }), "an element has no place of its own in a row");
+        }
+    }
+}
+
 static void test_encode_decode() {
     const std::vector<std::string> simd = simd_names();
     for (int type = 0; type < PQ_TYPE_COUNT; type++) {
@@ -1268,7 +1293,7 @@ int main(int argc, char ** argv) {
         return 2;
     }
     const struct { const char * name; void (*run)(); } tests[] = {
-        { "codebook", test_codebook }, { "encode and decode", test_encode_decode }, { "attention", test_attn }, { "k-means", test_kmeans },
+        { "codebook", test_codebook }, { "tables", test_tables }, { "encode and decode", test_encode_decode }, { "attention", test_attn }, { "k-means", test_kmeans },
     };
     printf("instruction sets:");
     for (const std::string & name : simd_names()) {

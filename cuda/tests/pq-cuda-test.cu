@@ -11,6 +11,7 @@
 //   pq-cuda-test once 7b|8b depth type
 //                                   two launches without a graph, for a profiler: ncu --clock-control none -k regex:attn_kernel
 #include "../kernels/pq-cuda.h"
+#include "../kernels/pq-rope.cuh"
 
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -95,6 +96,16 @@ struct host_side {
     const float    * mu(int h)        const { return (const float *) (block(h) + layout().mu); }
     const uint16_t * T_inv(int h)     const { return (const uint16_t *) (block(h) + layout().T_inv); }
     const uint16_t * centroids(int h) const { return (const uint16_t *) (block(h) + layout().centroids); }
+
+    // the head blocks, and after them the lookup tables
+    std::vector<uint8_t> with_tables(bool is_v) const {
+        std::vector<uint8_t> all = blocks;
+        if (coded()) {
+            all.resize(blocks.size() + H * pq_table_bytes(type, D));
+            pq_build_tables(type, D, H, transform, is_v, blocks.data(), all.data() + blocks.size());
+        }
+        return all;
+    }
 
     const uint8_t * row(int64_t s, int64_t cell, int h) const { return data.data() + s * stream_stride + cell * row_stride + h * head_bytes; }
 };
@@ -291,7 +302,7 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
     }
 
     // ---- device ----
-    device_buf<uint8_t> d_kb(k.blocks), d_vb(v.blocks), d_k(k.data), d_v(v.data);
+    device_buf<uint8_t> d_kb(k.with_tables(false)), d_vb(v.with_tables(true)), d_k(k.data), d_v(v.data);
     device_buf<float>   d_q(q), d_sinks(sinks), d_dst((size_t) c.n_stream * c.n_q * c.n_head * c.D);
     device_buf<uint16_t> d_mask(mask), d_tk(tail_k), d_tv(tail_v), d_tm(tail_mask);
     CUDA(cudaMemset(d_dst.p, 0xff, d_dst.n * sizeof(float)));
@@ -307,6 +318,7 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
         s.type          = x.type;
         s.D             = x.D;
         s.codebook      = x.coded() ? blocks : nullptr;
+        s.tables        = x.coded() ? blocks + x.blocks.size() : nullptr;
         s.has_transform = x.transform;
         s.data          = data;
         s.row_stride    = x.row_stride;
@@ -482,6 +494,8 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
 
 // ---- a step: new rows, encoding and attention in one launch, against a launch for each ----
 
+enum rope_kind { ROPE_NONE, ROPE_PAIRS, ROPE_NEOX, ROPE_NEOX_YARN, ROPE_ONLY_K, ROPE_ONLY_Q };
+
 struct step_case {
     pq_type kt, vt;
     int     n_head, n_head_kv, n_stream, n_q; // a new row per query
@@ -489,13 +503,77 @@ struct step_case {
     int     n_slots;  // per stream
     int     n_ahead;  // streams of the storage before those in use
     bool    transform;
+    rope_kind rope;
 };
+
+// Turns rows of 128 to the positions of their tokens, in place.
+static __global__ void rope_rows(float * x, pq_cuda_rope rope, int n_q, int n_head, bool heads_inside) {
+    const int row = blockIdx.x, i = threadIdx.x; // a pair
+    // rows of K are [token][head], queries [stream][head][token of the stream]
+    const int token = heads_inside ? row / n_head : row / (n_head * n_q) * n_q + row % n_q;
+    const int low = rope.neox ? i : 2 * i, high = rope.neox ? i + 64 : 2 * i + 1;
+    const float2 turn = pq_rope_turn(rope, rope.pos[token], i);
+    const float a = x[row * 128 + low], b = x[row * 128 + high];
+    x[row * 128 + low]  = pq_rope_low(turn, a, b);
+    x[row * 128 + high] = pq_rope_high(turn, a, b);
+}
+
+static __global__ void rope_turns(float2 * turns, pq_cuda_rope rope) {
+    turns[blockIdx.x * 64 + threadIdx.x] = pq_rope_turn(rope, rope.pos[blockIdx.x], threadIdx.x);
+}
+
+static pq_cuda_rope make_rope(rope_kind kind, const int32_t * pos, const float * freq_factors) {
+    pq_cuda_rope r = {};
+    r.q            = kind != ROPE_NONE && kind != ROPE_ONLY_K;
+    r.k            = kind != ROPE_NONE && kind != ROPE_ONLY_Q;
+    r.neox         = kind == ROPE_NEOX || kind == ROPE_NEOX_YARN;
+    r.pos          = pos;
+    r.freq_factors = kind == ROPE_NEOX ? freq_factors : nullptr;
+    r.theta_scale  = powf(10000.0f, -2.0f / 128.0f);
+    r.freq_scale   = kind == ROPE_NEOX_YARN ? 0.25f : 1.0f;
+    r.ext_factor   = kind == ROPE_NEOX_YARN ? 1.0f : 0.0f;
+    r.attn_factor  = kind == ROPE_NEOX_YARN ? 0.9f : 1.0f;
+    r.corr_low     = 20.0f;
+    r.corr_high    = 45.0f;
+    return r;
+}
+
+// The turns against double precision. They are approximations: what is tested is the formula.
+static void test_turns() {
+    std::vector<int32_t> pos = { 0, 1, 7, 100, 999 };
+    std::vector<float> ff(64);
+    for (int i = 0; i < 64; i++) { ff[i] = i < 20 ? 1.0f : 1.0f + 0.15f * (i - 20); }
+    device_buf<int32_t> d_pos(pos);
+    device_buf<float>   d_ff(ff), d_turns(pos.size() * 128);
+    for (rope_kind kind : { ROPE_PAIRS, ROPE_NEOX, ROPE_NEOX_YARN }) {
+        const pq_cuda_rope r = make_rope(kind, d_pos.p, d_ff.p);
+        rope_turns<<<(int) pos.size(), 64>>>((float2 *) d_turns.p, r);
+        std::vector<float> got(pos.size() * 128);
+        CUDA(cudaMemcpy(got.data(), d_turns.p, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
+        for (size_t t = 0; t < pos.size(); t++) {
+            for (int i = 0; i < 64; i++) {
+                double theta = pos[t] * pow(10000.0, -i / 64.0), scale = r.attn_factor;
+                if (r.freq_factors) {
+                    theta /= ff[i];
+                }
+                if (r.ext_factor != 0.0f) {
+                    const double mix = 1.0 - std::min(1.0, std::max(0.0, (i - 20.0) / 25.0));
+                    theta = 0.25 * theta * (1.0 - mix) + theta * mix;
+                    scale *= 1.0 + 0.1 * log(4.0);
+                }
+                const float c = got[(t * 64 + i) * 2], s = got[(t * 64 + i) * 2 + 1];
+                check(fabs(c - scale * cos(theta)) < 1e-3 && fabs(s - scale * sin(theta)) < 1e-3, "turn of kind %d, position %d, pair %d: %g %g, not %g %g", (int) kind,
+                      pos[t], i, c, s, scale * cos(theta), scale * sin(theta));
+            }
+        }
+    }
+}
 
 static void run_step(const step_case & c, const pq_cuda_device_props & props) {
     const int D = 128, H = c.n_head_kv, n_rows = c.n_q * c.n_stream;
     char name[160];
-    snprintf(name, sizeof(name), "step: K %s V %s heads %d/%d streams %d n_q %d n_kv %lld slots %d T %d", type_names[c.kt], type_names[c.vt], c.n_head, H, c.n_stream,
-             c.n_q, (long long) c.n_kv, c.n_slots, c.transform);
+    snprintf(name, sizeof(name), "step: K %s V %s heads %d/%d streams %d n_q %d n_kv %lld slots %d T %d rope %d", type_names[c.kt], type_names[c.vt], c.n_head, H,
+             c.n_stream, c.n_q, (long long) c.n_kv, c.n_slots, c.transform, (int) c.rope);
     rng r((uint64_t) c.n_kv + c.n_slots * 7 + c.n_head + c.n_q);
     host_side k = make_side(c.kt, D, H, c.n_stream, c.n_kv, c.transform, r), v = make_side(c.vt, D, H, c.n_stream, c.n_kv, c.transform, r);
     make_codebook(k, r, true);
@@ -529,7 +607,7 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
     for (int i = 0; i < n_rows; i++) { // nothing is there yet
         std::fill_n(&tail[slot[i] * H * D], H * D, F16_NAN);
     }
-    device_buf<uint8_t>  d_kb(k.blocks), d_vb(v.blocks), d_k[2] = { device_buf<uint8_t>(k.data), device_buf<uint8_t>(k.data) }, d_v[2] = { device_buf<uint8_t>(v.data), device_buf<uint8_t>(v.data) };
+    device_buf<uint8_t>  d_kb(k.with_tables(false)), d_vb(v.with_tables(true)), d_k[2] = { device_buf<uint8_t>(k.data), device_buf<uint8_t>(k.data) }, d_v[2] = { device_buf<uint8_t>(v.data), device_buf<uint8_t>(v.data) };
     device_buf<uint16_t> d_mask(mask), d_tm(tail_mask), d_tk[2] = { device_buf<uint16_t>(tail), device_buf<uint16_t>(tail) }, d_tv[2] = { device_buf<uint16_t>(tail), device_buf<uint16_t>(tail) };
     device_buf<int64_t>  d_cell(cell), d_slot(slot);
     const size_t n_out = (size_t) n_rows * c.n_head * D;
@@ -544,6 +622,7 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
             pq_attn_side & a = side ? p[i].v : p[i].k;
             a.type = x.type; a.D = D; a.has_transform = x.transform;
             a.codebook = side ? d_vb.p : d_kb.p;
+            a.tables   = a.codebook + x.blocks.size();
             a.data = side ? d_v[i].p : d_k[i].p;
             a.row_stride = x.row_stride; a.head_stride = x.head_bytes; a.stream_stride = cells_per_stream * x.row_stride;
             pq_encode_params & n = e[i][side];
@@ -570,14 +649,28 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
     const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(p[0], props);
     device_buf<uint8_t> scratch(plan.scratch_bytes);
     const counters n_done(plan);
+    std::vector<int32_t> pos(n_rows);
+    std::vector<float>   freq_factors(64);
+    for (int i = 0; i < n_rows; i++) { pos[i] = (int32_t) c.n_kv - 1 + i % c.n_q + 1000 * (i / c.n_q); }
+    for (int i = 0; i < 64; i++)     { freq_factors[i] = 1.0f + 0.1f * i; }
+    device_buf<int32_t> d_pos(pos);
+    device_buf<float>   d_ff(freq_factors);
+    const pq_cuda_rope rope = make_rope(c.rope, d_pos.p, d_ff.p);
     for (int round = 0; round < 3; round++) { // the counters serve more than once
         std::vector<float> q((size_t) n_rows * c.n_head * D), x((size_t) n_rows * H * D);
         for (float & f : q) { f = 1.5f * r.normal(); }
         for (float & f : x) { f = r.normal(); }
-        device_buf<float> d_q(q), d_x(x);
+        device_buf<float> d_q[2] = { device_buf<float>(q), device_buf<float>(q) }, d_k_new[2] = { device_buf<float>(x), device_buf<float>(x) }, d_v_new(x);
+        if (rope.q) {
+            rope_rows<<<n_rows * c.n_head, 64>>>(d_q[0].p, rope, c.n_q, c.n_head, false);
+        }
+        if (rope.k) {
+            rope_rows<<<n_rows * H, 64>>>(d_k_new[0].p, rope, c.n_q, H, true);
+        }
         for (int i = 0; i < 2; i++) {
-            p[i].q = (const uint8_t *) d_q.p;
-            e[i][0].x = e[i][1].x = d_x.p;
+            p[i].q = (const uint8_t *) d_q[i].p;
+            e[i][0].x = d_k_new[i].p;
+            e[i][1].x = d_v_new.p;
             CUDA(cudaMemset(d_dst[i].p, 0xff, n_out * sizeof(float)));
         }
         const char * why = pq_cuda_step_unsupported(p[1], plan, e[1]);
@@ -588,7 +681,7 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
         CUDA(pq_cuda_encode(e[0], 2, 0));
         CUDA(pq_cuda_attn(p[0], plan, scratch.p, n_done.buf.p, 0));
         // The second round begins while the kernel before it may run, the others do not.
-        CUDA(pq_cuda_step(p[1], plan, e[1], round == 1, scratch.p, n_done.buf.p, 0));
+        CUDA(pq_cuda_step(p[1], plan, e[1], c.rope == ROPE_NONE ? nullptr : &rope, round == 1, scratch.p, n_done.buf.p, 0));
         CUDA(cudaDeviceSynchronize());
         check(n_done.are_zero(), "%s: counters are not as they were", name);
         auto same = [&](const char * what, const void * a, const void * b, size_t n) {
@@ -611,20 +704,25 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
 
 static void test_step(const pq_cuda_device_props & props) {
     const pq_type P4 = PQ_TYPE_PQ4, P3 = PQ_TYPE_PQ3, P2 = PQ_TYPE_PQ2;
+    test_turns();
+    int i = 0;
     for (const auto & t : { std::pair<pq_type, pq_type>(P4, P4), { P3, P3 }, { P2, P2 }, { P4, P2 }, { P2, P3 } }) {
         for (int64_t n_kv : { 31, 256, 4096 }) {
             for (const auto & heads : { std::pair<int, int>(32, 32), { 32, 8 }, { 8, 1 }, { 3, 3 } }) {
                 for (int n_q : { 1, 3, 8 }) {
-                    run_step({ t.first, t.second, heads.first, heads.second, 1, n_q, n_kv, 64, 0, true }, props);
+                    run_step({ t.first, t.second, heads.first, heads.second, 1, n_q, n_kv, 64, 0, true, (rope_kind) (i++ % 6) }, props);
                 }
             }
         }
     }
     for (int n_stream : { 2, 5 }) {
-        run_step({ P4, P4, 8, 4, n_stream, 1, 1000, 129, 0, true }, props);
-        run_step({ P3, P4, 8, 4, n_stream, 2, 1000, 64, 2, false }, props);
+        for (rope_kind rope : { ROPE_NONE, ROPE_PAIRS, ROPE_NEOX }) {
+            run_step({ P4, P4, 8, 4, n_stream, 1, 1000, 129, 0, true, rope }, props);
+            run_step({ P3, P4, 8, 4, n_stream, 2, 1000, 64, 2, false, rope }, props);
+        }
     }
-    run_step({ P4, P4, 64, 64, 1, 1, 40000, 640, 0, true }, props); // more blocks than multiprocessors
+    run_step({ P4, P4, 64, 64, 1, 1, 40000, 640, 0, true, ROPE_NONE }, props); // more blocks than multiprocessors
+    run_step({ P4, P4, 64, 64, 1, 1, 40000, 640, 0, true, ROPE_PAIRS }, props);
 }
 
 static void test(const pq_cuda_device_props & props, int only_D) {
@@ -725,15 +823,16 @@ static void test_quick(const pq_cuda_device_props & props) {
             }
         }
     }
-    run_step({ P4, P4, 2, 2, 1, 1, 700, 64, 0, true }, props);
-    run_step({ P3, P2, 4, 1, 2, 1, 700, 40, 1, true }, props);
-    run_step({ P4, P2, 1, 1, 1, 8, 31, 64, 0, false }, props);
+    run_step({ P4, P4, 2, 2, 1, 1, 700, 64, 0, true, ROPE_PAIRS }, props);
+    run_step({ P3, P2, 4, 1, 2, 1, 700, 40, 1, true, ROPE_NEOX_YARN }, props);
+    run_step({ P4, P2, 1, 1, 1, 8, 31, 64, 0, false, ROPE_NEOX }, props);
 }
 
 // ---- plan ----
 
 static void test_plan() {
     pq_cuda_device_props h200 = { 90, 132, 232448 };
+    const uint8_t * const somewhere = (const uint8_t *) 1024;
     for (int D : { 64, 80, 96, 128, 192, 256 }) {
         for (int n_head_kv : { 1, 2, 5, 8, 32, 40, 64 }) {
             for (int group : { 1, 4, 5, 8, 16 }) {
@@ -746,6 +845,7 @@ static void test_plan() {
                                 p.k.type = (pq_type) (t % 3);
                                 p.v.type = (pq_type) (t == 3 ? 2 : t);
                                 p.k.D = p.v.D = D;
+                                p.k.tables = p.v.tables = somewhere;
                                 check(!pq_cuda_attn_unsupported(p, h200), "D %d: unsupported", D);
                                 const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(p, h200);
                                 char name[128];
@@ -775,6 +875,8 @@ static void test_plan() {
     }
     pq_attn_params p = {};
     p.n_head = 32; p.n_head_kv = 32; p.n_stream = 1; p.n_q = 1; p.n_kv = 32768; p.k.type = p.v.type = PQ_TYPE_PQ4; p.k.D = p.v.D = 128;
+    check(pq_cuda_attn_make_plan(p, h200).kernel != PQ_CUDA_ATTN_128, "no tables: another kernel");
+    p.k.tables = p.v.tables = somewhere;
     check(pq_cuda_attn_make_plan(p, h200).n_split == 4, "Llama-2-7B geometry at 32768: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
     p.n_head_kv = 8;
     check(pq_cuda_attn_make_plan(p, h200).n_split == 16, "Llama-3.1-8B geometry at 32768: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
@@ -840,6 +942,8 @@ struct bench_setup {
     device_buf<uint16_t>             mask, tail_mask;
     device_buf<float>                x;
     device_buf<int64_t>              cells, slots;
+    device_buf<int32_t>              pos;
+    pq_cuda_rope                     rope;
     device_buf<uint8_t>              counters;
     double                           code_bytes = 0; // of a layer
 };
@@ -907,19 +1011,16 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
             fill_random<<<1024, 256>>>((uint32_t *) b.buffers.back().p, n / 4, (uint32_t) b.buffers.size());
             return b.buffers.back().p;
         };
-        auto book = [&](const host_side & c) {
-            if (!c.coded()) {
-                return (uint8_t *) nullptr;
-            }
-            b.buffers.emplace_back(c.blocks);
-            return b.buffers.back().p;
-        };
         pq_attn_params p = {};
         p.n_head = n_head; p.n_head_kv = H; p.n_stream = n_batch; p.n_q = n_q; p.n_kv = n_kv;
         auto side = [&](const host_side & c) {
             pq_attn_side s = {};
             s.type = c.type; s.D = D; s.has_transform = c.transform;
-            s.codebook = book(c);
+            if (c.coded()) {
+                b.buffers.emplace_back(c.with_tables(&c == &cv));
+                s.codebook = b.buffers.back().p;
+                s.tables   = s.codebook + c.blocks.size();
+            }
             s.row_stride    = row_bytes(c.type);
             s.head_stride   = s.row_stride / H;
             s.stream_stride = s.row_stride * n_kv;
@@ -962,6 +1063,8 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
             b.new_rows.push_back(e);
         }
     }
+    b.pos     = device_buf<int32_t>(std::vector<int32_t>((size_t) n_batch * n_q, (int32_t) depth));
+    b.rope    = make_rope(ROPE_PAIRS, b.pos.p, nullptr);
     b.plan    = pq_cuda_attn_make_plan(b.layers[0], props);
     b.scratch = device_buf<uint8_t>(b.plan.scratch_bytes);
     b.counters = device_buf<uint8_t>(b.plan.counter_bytes);
@@ -982,7 +1085,7 @@ static std::vector<float> time_layers(const bench_setup & b, bench_what what) {
     for (size_t l = 0; l < b.layers.size(); l++) {
         const pq_encode_params * rows = what == ATTENTION ? nullptr : &b.new_rows[2 * l];
         if (what == STEP) {
-            CUDA(pq_cuda_step(b.layers[l], b.plan, rows, true, b.scratch.p, b.counters.p, stream));
+            CUDA(pq_cuda_step(b.layers[l], b.plan, rows, &b.rope, true, b.scratch.p, b.counters.p, stream));
             continue;
         }
         if (rows) {

@@ -130,6 +130,7 @@ static inline const char * ggml_pq_attn_side(const struct ggml_tensor * t, const
     }
     s.codebook      = (const uint8_t *) codebook->data;
     s.has_transform = has_transform;
+    s.tables        = ggml_pq_codebook_tables(codebook);
     return NULL;
 }
 

@@ -33,10 +33,25 @@ bool ggml_pq_has_operand(const struct ggml_tensor * op) {
 }
 
 struct ggml_tensor * ggml_pq_new_codebook(
-        struct ggml_context * ctx, enum ggml_type type, int32_t D, int32_t n_head_kv, bool has_transform) {
+        struct ggml_context * ctx, enum ggml_type type, int32_t D, int32_t n_head_kv, bool has_transform, bool with_tables) {
     GGML_ASSERT(ggml_is_pq(type) && pq_head_size_ok(D) && n_head_kv > 0);
     const struct pq_codebook_layout l = pq_get_codebook_layout(pq_type_of(type), D, has_transform);
-    return ggml_new_tensor_2d(ctx, GGML_TYPE_I8, (int64_t) l.head_bytes, n_head_kv);
+    const size_t table_bytes = pq_table_bytes(pq_type_of(type), D);
+    if (!with_tables || table_bytes == 0) {
+        return ggml_new_tensor_2d(ctx, GGML_TYPE_I8, (int64_t) l.head_bytes, n_head_kv);
+    }
+    struct ggml_tensor * all = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, (int64_t) (l.head_bytes + table_bytes) * n_head_kv);
+    ggml_set_name(all, "pq_codebook_and_tables");
+    // a leaf of graphs as any weight is, and not the result of an operation: no source
+    struct ggml_tensor * codebook = ggml_view_2d(ctx, all, (int64_t) l.head_bytes, n_head_kv, l.head_bytes, 0);
+    codebook->op     = GGML_OP_NONE;
+    codebook->src[0] = NULL;
+    return codebook;
+}
+
+const uint8_t * ggml_pq_codebook_tables(const struct ggml_tensor * codebook) {
+    const struct ggml_tensor * all = codebook ? codebook->view_src : NULL;
+    return all && ggml_nbytes(all) > ggml_nbytes(codebook) ? (const uint8_t *) codebook->data + ggml_nbytes(codebook) : NULL;
 }
 
 bool ggml_pq_codebook_fits(const struct ggml_tensor * codebook, enum ggml_type type, int32_t D, bool * has_transform) {

@@ -54,13 +54,18 @@ GGML_API bool ggml_is_pq(enum ggml_type type);
 // True when op computes on PQ codes: its result or a source has a PQ type, and it is not a mere view.
 GGML_API bool ggml_pq_has_operand(const struct ggml_tensor * op);
 
-// The codebook of a layer: I8 [head_bytes, n_head_kv].
+// The codebook of a layer: I8 [head_bytes, n_head_kv]. With tables, where the kernels have a use for them, it is a view of a
+// tensor that holds them after it: then two tensors are made.
 GGML_API struct ggml_tensor * ggml_pq_new_codebook(
         struct ggml_context * ctx,
         enum ggml_type        type,
         int32_t               D,
         int32_t               n_head_kv,
-        bool                  has_transform);
+        bool                  has_transform,
+        bool                  with_tables);
+
+// The lookup tables of a codebook in the memory of its device; NULL when it has none.
+GGML_API const uint8_t * ggml_pq_codebook_tables(const struct ggml_tensor * codebook);
 
 // Whether a codebook tensor has the size of type `type` at head size D; `has_transform` then tells if maps are stored.
 GGML_API bool ggml_pq_codebook_fits(const struct ggml_tensor * codebook, enum ggml_type type, int32_t D, bool * has_transform);

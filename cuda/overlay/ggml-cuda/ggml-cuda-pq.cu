@@ -256,7 +256,18 @@ static void encode_step(ggml_backend_cuda_context & ctx, pq_encode_params (&p)[2
     side.busy = true;
 }
 
+// Ropes that were passed over, for the step that reads them to do (see the end of this file)
+static std::set<const ggml_tensor *> & deferred_ropes(const ggml_backend_cuda_context & ctx) {
+    static std::mutex mutex;
+    static std::map<const ggml_backend_cuda_context *, std::set<const ggml_tensor *>> ropes;
+    const std::lock_guard<std::mutex> lock(mutex);
+    return ropes[&ctx];
+}
+
 bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor * op) {
+    if (op->op == GGML_OP_ROPE) {
+        return deferred_ropes(ctx).count(op) > 0;
+    }
     if (!ggml_pq_has_operand(op)) {
         return false;
     }
@@ -290,85 +301,251 @@ bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor *
     return true;
 }
 
-// ---- a step of a few tokens in one launch: writes of K and V, and the attention that follows ----
-
-// The next node after i that computes; n_nodes: none
-static int next_node(const ggml_cgraph * cgraph, int i) {
-    for (i++; i < cgraph->n_nodes; i++) {
-        const ggml_tensor * t = cgraph->nodes[i];
-        if (!ggml_is_empty(t) && t->op != GGML_OP_NONE && t->op != GGML_OP_VIEW && t->op != GGML_OP_RESHAPE && t->op != GGML_OP_PERMUTE &&
-            t->op != GGML_OP_TRANSPOSE) {
-            break;
-        }
-    }
-    return i;
-}
+// ---- a step of a few tokens in one launch: rotary embedding, writes of K and V, and the attention that follows ----
 
 static bool overlap(const void * a, size_t a_bytes, const void * b, size_t b_bytes) {
     return (const char *) a < (const char *) b + b_bytes && (const char *) b < (const char *) a + a_bytes;
 }
 
-static bool is_input(const ggml_tensor * t) {
-    while (t && t->view_src) {
-        t = t->view_src;
-    }
-    return t && t->op == GGML_OP_NONE;
+static bool is_noop(const ggml_tensor * t) {
+    return ggml_is_empty(t) || t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
 }
 
-// Whether `op` attends to the rows that K and V were written to just now, and everything can be done by one kernel.
-static bool fuse_step(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const ggml_tensor * const (&writes)[2], const pq_encode_params (&rows)[2]) {
-    pq_attn_params p;
-    const char * why;
-    if (op->op != GGML_OP_FLASH_ATTN_EXT || !(op->flags & GGML_TENSOR_FLAG_COMPUTE) || !ggml_pq_has_operand(op) || ggml_pq_attn_params(op, p) ||
-        p.n_q > PQ_CUDA_ATTN_MAX_N_Q || choose_attn_path(ctx.device, op, p, &why) != ATTN_CODED) {
-        return false;
-    }
-    for (int i = 0; i < 2; i++) {
-        const ggml_tensor * cache = op->src[1 + i];
-        if (!cache->view_src || cache->view_src != writes[i]->view_src) {
+// The next node after i that computes; n_nodes: none
+static int next_node(const ggml_cgraph * cgraph, int i) {
+    do {
+        i++;
+    } while (i < cgraph->n_nodes && is_noop(cgraph->nodes[i]));
+    return i;
+}
+
+static const ggml_tensor * storage_of(const ggml_tensor * t) {
+    return t && t->view_src ? t->view_src : t; // a view's source is never a view
+}
+
+static bool is_input(const ggml_tensor * t) {
+    return t && storage_of(t)->op == GGML_OP_NONE;
+}
+
+// What one launch can do, all of it nodes of a graph: K and V are written, then attended to.
+struct fused_step {
+    int               i_attn;
+    pq_encode_params  rows[2];
+    pq_attn_params    p;
+    pq_cuda_attn_plan plan;
+    bool              settled;
+    const ggml_tensor * ropes[2]; // that make the queries and the rows of K, and could be done here; or NULL
+};
+
+// Whether no node after i, up to the last one, writes where t lies.
+static bool outlives(const ggml_tensor * t, const ggml_cgraph * cgraph, int i, int i_last) {
+    while (t && ++i <= i_last) {
+        const ggml_tensor * other = cgraph->nodes[i];
+        if (!is_noop(other) && overlap(other->data, ggml_nbytes(other), t->data, ggml_nbytes(t))) {
             return false;
         }
-        // The result is written while new rows may still be read, which the order of the nodes does not ask the allocator to allow for
-        // (llama_million_tail::write does, for a few rows).
-        for (const ggml_tensor * t : { writes[i]->src[0], writes[i]->src[1], writes[i]->src[GGML_PQ_SRC_SET_ROWS_TAIL_IDX] }) {
+    }
+    return true;
+}
+
+// Whether node i_rope makes rows [token][head][128] that nothing but node i_read sees, and what it reads can be read by node i_attn instead.
+static bool can_defer_rope(const ggml_cgraph * cgraph, int i_rope, int i_read, int i_attn) {
+    const ggml_tensor * rope = cgraph->nodes[i_rope], * x = rope->src[0];
+    const int32_t * op  = rope->op_params;
+    const int mode      = op[2], n_dims = op[1], n_offs = op[15];
+    if ((mode != GGML_ROPE_TYPE_NORMAL && mode != GGML_ROPE_TYPE_NEOX) || n_dims != 128 || n_offs != 0 || rope->ne[0] != 128 || rope->ne[3] != 1 ||
+        rope->type != GGML_TYPE_F32 || x->type != GGML_TYPE_F32 || !ggml_are_same_stride(rope, x) || rope->nb[0] != sizeof(float)) {
+        return false;
+    }
+    for (int i = i_rope; i < i_read; i++) {
+        if (storage_of(cgraph->nodes[i]) == rope && ggml_node_get_use_count(cgraph, i) != 1) {
+            return false;
+        }
+    }
+    // ggml_cuda_pq_add_alloc_deps has asked for it
+    return outlives(x, cgraph, i_rope, i_attn) && outlives(rope->src[1], cgraph, i_rope, i_attn) && outlives(rope->src[2], cgraph, i_rope, i_attn);
+}
+
+static int find_node(const ggml_cgraph * cgraph, const ggml_tensor * t, int before) {
+    while (before-- > 0) {
+        if (cgraph->nodes[before] == t) {
+            return before;
+        }
+    }
+    return -1;
+}
+
+// Whether nodes i, j and the one after them are such a step.
+static bool get_step(const ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i, int j, fused_step & s) {
+    const ggml_tensor * const writes[2] = { cgraph->nodes[i], cgraph->nodes[j] };
+    s.i_attn = next_node(cgraph, j);
+    const ggml_tensor * op = s.i_attn < cgraph->n_nodes ? cgraph->nodes[s.i_attn] : nullptr;
+    const char * why;
+    if (!op || op->op != GGML_OP_FLASH_ATTN_EXT || !(op->flags & GGML_TENSOR_FLAG_COMPUTE) || !ggml_pq_has_operand(op) || ggml_pq_attn_params(op, s.p) ||
+        s.p.n_q > PQ_CUDA_ATTN_MAX_N_Q || choose_attn_path(ctx.device, op, s.p, &why) != ATTN_CODED) {
+        return false;
+    }
+    for (int side = 0; side < 2; side++) {
+        const ggml_tensor * cache = op->src[1 + side], * write = writes[side];
+        if (!cache->view_src || cache->view_src != write->view_src || ggml_pq_encode_params(write, s.rows[side])) {
+            return false;
+        }
+        // the result is written while new rows may still be read: ggml_cuda_pq_add_alloc_deps has asked for room of its own
+        for (const ggml_tensor * t : { write->src[0], write->src[1], write->src[GGML_PQ_SRC_SET_ROWS_TAIL_IDX] }) {
             if (t && overlap(op->data, ggml_nbytes(op), t->data, ggml_nbytes(t))) {
                 return false;
             }
         }
     }
-    const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(p, device_props(ctx.device));
-    if (pq_cuda_step_unsupported(p, plan, rows)) {
+    s.plan = pq_cuda_attn_make_plan(s.p, device_props(ctx.device));
+    if (pq_cuda_step_unsupported(s.p, s.plan, s.rows)) {
         return false;
+    }
+    // Masks that are inputs are copied to the device before the graph, and such a copy waits for all kernels before it: what earlier graphs
+    // wrote, codes and tail, is complete too. This graph writes no other rows of this cache.
+    s.settled = is_input(op->src[3]) && is_input(op->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK]);
+
+    const int64_t n_tokens = s.p.n_q * s.p.n_stream;
+    s.ropes[0] = s.ropes[1] = nullptr;
+    const ggml_tensor * q = storage_of(op->src[0]), * k = storage_of(writes[0]->src[0]);
+    if (n_tokens != s.rows[0].n_rows) {
+        return true;
+    }
+    if (q->op == GGML_OP_ROPE && q->data == s.p.q && q->nb[1] == s.p.q_head_stride && q->nb[2] == s.p.q_token_stride && q->ne[2] == n_tokens &&
+        (s.p.n_stream == 1 || s.p.q_stream_stride == s.p.n_q * q->nb[2]) && is_input(q->src[1])) {
+        const int i_rope = find_node(cgraph, q, i);
+        s.ropes[0] = i_rope >= 0 && can_defer_rope(cgraph, i_rope, s.i_attn, s.i_attn) ? q : nullptr;
+    }
+    if (k->op == GGML_OP_ROPE && k->data == s.rows[0].x && k->nb[1] == s.rows[0].x_head_stride && k->nb[2] == s.rows[0].x_row_stride && k->ne[2] == n_tokens &&
+        is_input(k->src[1])) {
+        const int i_rope = find_node(cgraph, k, i);
+        s.ropes[1] = i_rope >= 0 && can_defer_rope(cgraph, i_rope, i, s.i_attn) ? k : nullptr;
+    }
+    // both are turned by the same numbers
+    if (s.ropes[0] && s.ropes[1] && (memcmp(q->op_params, k->op_params, sizeof(q->op_params)) != 0 || q->src[1] != k->src[1] || q->src[2] != k->src[2])) {
+        s.ropes[0] = nullptr;
+    }
+    return true;
+}
+
+static pq_cuda_rope get_rope(const ggml_tensor * op) {
+    const int32_t * n_ctx_orig = op->op_params + 4;
+    float base, beta_fast, beta_slow, corr[2];
+    pq_cuda_rope r = {};
+    memcpy(&base,          op->op_params + 5, sizeof(float));
+    memcpy(&r.freq_scale,  op->op_params + 6, sizeof(float));
+    memcpy(&r.ext_factor,  op->op_params + 7, sizeof(float));
+    memcpy(&r.attn_factor, op->op_params + 8, sizeof(float));
+    memcpy(&beta_fast,     op->op_params + 9, sizeof(float));
+    memcpy(&beta_slow,     op->op_params + 10, sizeof(float));
+    ggml_rope_yarn_corr_dims(128, *n_ctx_orig, base, beta_fast, beta_slow, corr);
+    r.neox         = op->op_params[2] == GGML_ROPE_TYPE_NEOX;
+    r.pos          = (const int32_t *) op->src[1]->data;
+    r.freq_factors = op->src[2] ? (const float *) op->src[2]->data : nullptr;
+    r.theta_scale  = powf(base, -2.0f / 128);
+    r.corr_low     = corr[0];
+    r.corr_high    = corr[1];
+    return r;
+}
+
+static void run_step(ggml_backend_cuda_context & ctx, const fused_step & s) {
+    pq_attn_params   p    = s.p;
+    pq_encode_params rows[2] = { s.rows[0], s.rows[1] };
+    pq_cuda_rope     rope = {};
+    auto & deferred = deferred_ropes(ctx);
+    if (s.ropes[0] && deferred.erase(s.ropes[0])) {
+        rope   = get_rope(s.ropes[0]);
+        rope.q = 1;
+        p.q    = (const uint8_t *) s.ropes[0]->src[0]->data;
+    }
+    if (s.ropes[1] && deferred.erase(s.ropes[1])) {
+        const int32_t q = rope.q;
+        rope      = get_rope(s.ropes[1]);
+        rope.q    = q;
+        rope.k    = 1;
+        rows[0].x = s.ropes[1]->src[0]->data;
     }
     ggml_cuda_set_device(ctx.device);
     wait_for_codes(ctx);
-    ggml_cuda_pool_alloc<char> scratch(ctx.pool(), std::max<size_t>(plan.scratch_bytes, 1));
-    // Masks that are inputs are copied to the device before the graph, and such a copy waits for all kernels before it: what earlier graphs
-    // wrote, codes and tail, is complete too. This graph writes no other rows of this cache.
-    const bool settled = is_input(op->src[3]) && is_input(op->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK]);
-    CUDA_CHECK(pq_cuda_step(p, plan, rows, settled, scratch.get(), get_counters(ctx, plan.counter_bytes), ctx.stream()));
+    ggml_cuda_pool_alloc<char> scratch(ctx.pool(), std::max<size_t>(s.plan.scratch_bytes, 1));
+    CUDA_CHECK(pq_cuda_step(p, s.plan, rows, rope.q || rope.k ? &rope : nullptr, s.settled, scratch.get(), get_counters(ctx, s.plan.counter_bytes), ctx.stream()));
+}
+
+// The writes of K and V that follow node i of a layer, itself included.
+static bool find_writes(const ggml_cgraph * cgraph, int i, int * k, int * v) {
+    const int end = std::min(cgraph->n_nodes, i + 64);
+    while (i < end && !writes_codes(cgraph->nodes[i])) {
+        if (cgraph->nodes[i]->op == GGML_OP_FLASH_ATTN_EXT) {
+            return false;
+        }
+        i = next_node(cgraph, i);
+    }
+    // two caches never overlap, and no row to encode is a cache: the order of the two does not matter
+    const int j = i < end ? next_node(cgraph, i) : cgraph->n_nodes;
+    if (j >= cgraph->n_nodes || !writes_codes(cgraph->nodes[j]) || cgraph->nodes[j]->view_src == cgraph->nodes[i]->view_src) {
+        return false;
+    }
+    *k = i;
+    *v = j;
     return true;
+}
+
+void ggml_cuda_pq_add_alloc_deps(ggml_cgraph * cgraph, ggml_backend_graph_optimize_params * params) {
+    for (int i = 0; i < cgraph->n_nodes; i++) {
+        int k, v;
+        if (!writes_codes(cgraph->nodes[i]) || !find_writes(cgraph, i, &k, &v) || next_node(cgraph, v) >= cgraph->n_nodes) {
+            continue;
+        }
+        ggml_tensor * op = cgraph->nodes[next_node(cgraph, v)];
+        if (op->op != GGML_OP_FLASH_ATTN_EXT || !ggml_pq_has_operand(op)) {
+            continue;
+        }
+        // Whatever the number of tokens: the places that graphs of many are given are those that graphs of few use.
+        auto keep = [&](const ggml_tensor * t) {
+            if (t) {
+                params->add_alloc_dep(params->user_data, const_cast<ggml_tensor *>(storage_of(t)), op);
+            }
+        };
+        for (const ggml_tensor * rows : { storage_of(op->src[0]), storage_of(cgraph->nodes[k]->src[0]), storage_of(cgraph->nodes[v]->src[0]) }) {
+            keep(rows);
+            // of a norm, its product with weights and a rope the backend makes one kernel, as good as ours
+            if (rows->op == GGML_OP_ROPE && storage_of(rows->src[0])->op != GGML_OP_MUL) {
+                for (const ggml_tensor * t : { rows->src[0], rows->src[1], rows->src[2] }) {
+                    keep(t);
+                }
+            }
+        }
+        for (int write : { k, v }) {
+            keep(cgraph->nodes[write]->src[1]);
+            keep(cgraph->nodes[write]->src[GGML_PQ_SRC_SET_ROWS_TAIL_IDX]);
+        }
+    }
 }
 
 int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {
     const ggml_tensor * first = cgraph->nodes[i];
-    if (!writes_codes(first)) {
+    int k, v;
+    fused_step s;
+    if (first->op == GGML_OP_ROPE) {
+        auto & deferred = deferred_ropes(ctx);
+        deferred.erase(first);
+        if (find_writes(cgraph, i, &k, &v) && get_step(ctx, cgraph, k, v, s) && (first == s.ropes[0] || first == s.ropes[1])) {
+            deferred.insert(first); // and ggml_cuda_pq_compute_forward passes it over
+        }
         return 0;
     }
-    // two caches never overlap, and no row to encode is a cache: the order of the two does not matter
-    const int j = next_node(cgraph, i);
-    if (j == cgraph->n_nodes || !writes_codes(cgraph->nodes[j]) || cgraph->nodes[j]->view_src == first->view_src) {
+    if (!writes_codes(first) || !find_writes(cgraph, i, &k, &v)) {
         return 0;
     }
-    const ggml_tensor * second = cgraph->nodes[j];
+    if (get_step(ctx, cgraph, k, v, s)) {
+        run_step(ctx, s);
+        return s.i_attn - i;
+    }
+    const ggml_tensor * second = cgraph->nodes[v];
     pq_encode_params p[2];
     if (ggml_pq_encode_params(first, p[0]) || ggml_pq_encode_params(second, p[1]) || p[0].n_rows != p[1].n_rows) {
         return 0;
     }
-    const int k = next_node(cgraph, j);
-    if (k < cgraph->n_nodes && fuse_step(ctx, cgraph->nodes[k], { first, second }, p)) {
-        return k - i;
-    }
-    encode_step(ctx, p, more_codes_follow(cgraph, j, first) && more_codes_follow(cgraph, j, second));
-    return j - i;
+    encode_step(ctx, p, more_codes_follow(cgraph, v, first) && more_codes_follow(cgraph, v, second));
+    return v - i;
 }

@@ -2,15 +2,19 @@
 #pragma once
 
 #include "ggml-cuda/common.cuh"
+#include "ggml-backend-impl.h"
 #include "ggml-pq.h"
 
 // Whether the device takes op, which has a PQ operand. Logs, once for each reason, why it does not: the scheduler would
 // otherwise move op to the CPU without a word.
 bool ggml_cuda_pq_supports_op(int device, const ggml_tensor * op);
 
-// Does nothing and returns false for an op without PQ operands.
+// Returns false, and does nothing, for an op without PQ operands. A rope that a later step does (below) is passed over.
 bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor * op);
 
-// Encodes K and V of a layer in one launch when node i and the next one that computes write them. Returns the number of nodes
-// after i that are thereby done; 0: nothing was done.
+// Asks that what a launch of several nodes reads stays allocated until the last of them.
+void ggml_cuda_pq_add_alloc_deps(ggml_cgraph * cgraph, ggml_backend_graph_optimize_params * params);
+
+// Does in one launch what node i and those after it ask for: the writes of K and V of a layer, for a few tokens their attention, too, and the
+// rotary embedding of K and queries, which comes earlier. Returns the number of nodes after i that are thereby done; 0: nothing was done.
 int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);

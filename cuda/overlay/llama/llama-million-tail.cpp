@@ -14,7 +14,6 @@
 static constexpr uint32_t N_TAIL_DEFAULT = 128;
 static constexpr uint32_t N_TAIL_MAX     = 1 << 20;
 static constexpr int      IDXS_TAIL      = 0; // source of an index tensor that holds its tail indices
-static constexpr int64_t  N_ROWS_KEPT    = 32; // of K and V per layer that stay in memory until the end of the graph
 static constexpr uint32_t SLOT_PAD       = 64; // attention reads slots up to a multiple of this
 
 //
@@ -190,11 +189,6 @@ ggml_tensor * llama_million_tail::write(ggml_context * ctx, ggml_tensor * op, gg
         return op;
     }
     storage = ggml_reshape_2d(ctx, storage, storage->ne[0], storage->ne[1]*storage->ne[2]);
-    if (op->src[0]->ne[1] <= N_ROWS_KEPT) {
-        // a backend may write them and attend to them in one go: the result must not take their place
-        ggml_tensor * rows = op->src[0]->view_src ? op->src[0]->view_src : op->src[0];
-        ggml_set_output(rows);
-    }
     if (ggml_is_pq(op->type)) {
         return ggml_pq_set_rows_tail(op, storage, idxs);
     }
@@ -203,11 +197,16 @@ ggml_tensor * llama_million_tail::write(ggml_context * ctx, ggml_tensor * op, gg
     return op;
 }
 
-void llama_million_tail::add_idxs(ggml_context * ctx, ggml_tensor * idxs) const {
+void llama_million_tail::add_idxs(ggml_context * ctx, ggml_tensor * idxs) {
     ggml_tensor * t = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, idxs->ne[0]);
     ggml_set_input(t);
     ggml_format_name(t, "%s_tail", idxs->name);
     idxs->src[IDXS_TAIL] = t;
+    idxs_ = idxs;
+}
+
+ggml_tensor * llama_million_tail::take_idxs() {
+    return std::exchange(idxs_, nullptr);
 }
 
 void llama_million_tail::fill_idxs(ggml_tensor * idxs, const std::vector<int32_t> & strms, const std::vector<std::vector<uint32_t>> & cells) const {

@@ -61,8 +61,11 @@ public:
     static ggml_tensor * write(ggml_context * ctx, ggml_tensor * op, ggml_tensor * storage);
 
     // The indices of a cache write carry the slots of its tokens.
-    void add_idxs (ggml_context * ctx, ggml_tensor * idxs) const;
+    void add_idxs (ggml_context * ctx, ggml_tensor * idxs);
     void fill_idxs(ggml_tensor * idxs, const std::vector<int32_t> & strms, const std::vector<std::vector<uint32_t>> & cells) const;
+
+    // The indices that add_idxs was given last, once, then NULL: V's rows go where K's go, and every input less is a copy to the device less.
+    ggml_tensor * take_idxs();
 
     // A mask [n_kv, n_q, 1, n_stream] carries the tail's mask [n_used, n_q + 2, 1, n_stream]; n_used 0: none.
     static void add_mask (ggml_context * ctx, ggml_tensor * mask, uint32_t n_used);
@@ -83,6 +86,7 @@ private:
     uint32_t n_seq_max_ = 0;
 
     std::vector<stream> streams;
+    ggml_tensor *       idxs_ = nullptr;
 };
 
 // The tail in a saved state, after the cells of a stream; does nothing for caches without PQ types.

@@ -304,25 +304,31 @@ static llama_million::device_codebook make_codebook(
     }
 
     llama_million::device_codebook res;
-    const ggml_init_params params = { ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true };
+    const ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true };
     res.ctx.reset(ggml_init(params));
-    res.tensor = ggml_pq_new_codebook(res.ctx.get(), type, blob.D, blob.n_head_kv, blob.has_transform);
+    const bool with_tables = !ggml_backend_buft_is_host(buft); // the CPU has no use for them
+    res.tensor = ggml_pq_new_codebook(res.ctx.get(), type, blob.D, blob.n_head_kv, blob.has_transform, with_tables);
+    ggml_tensor * all = res.tensor->view_src ? res.tensor->view_src : res.tensor;
     ggml_format_name(res.tensor, "pq_codebook_%s_l%u", is_v ? "v" : "k", il);
 
     if (no_alloc) { // only sizes are wanted: a dummy buffer, as the cache itself has
         res.buf.reset(ggml_backend_buft_alloc_buffer(buft, 0));
         res.tensor->buffer = res.buf.get();
+        all->buffer        = res.buf.get();
         return res;
     }
-    std::vector<uint8_t> packed(ggml_nbytes(res.tensor));
+    std::vector<uint8_t> packed(ggml_nbytes(all));
     if (!pq_codebook_build(blob, packed.data(), error)) {
         fail(error);
+    }
+    if (all != res.tensor) {
+        pq_build_tables(blob.type, blob.D, blob.n_head_kv, blob.has_transform, is_v, packed.data(), packed.data() + ggml_nbytes(res.tensor));
     }
     res.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(res.ctx.get(), buft));
     if (!res.buf) {
         throw std::runtime_error(format("%s: cannot allocate %zu bytes in %s", what.c_str(), packed.size(), ggml_backend_buft_name(buft)));
     }
-    ggml_backend_tensor_set(res.tensor, packed.data(), 0, packed.size());
+    ggml_backend_tensor_set(all, packed.data(), 0, packed.size());
     return res;
 }
 
