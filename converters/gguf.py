@@ -33,6 +33,10 @@ _BYTES_PER_TOKEN = 64  # more of a text than this times the wanted tokens is not
 _HELD_BACK = 16  # one row of so many is not trained on. While all rows are kept, it is the end of the text that is not.
 # Rows that centroids are trained on: 128 for each of 256. The transform takes all rows: it is cheap, and gains from more text.
 _MAX_TRAINED = 32768
+
+# Keys of text of another kind lie further from the mean than those of the calibration text (in the heads that copy from far
+# back by a quarter, in squares), and far keys are those that queries look for. So half of the keys are trained on stretched.
+_STRETCH_K = 1.3
 _OTHER_TYPES = "run it with cache type f16 or q8_0"
 
 RECURRENT = ("mamba", "rwkv", "arwkv", "falcon_mamba")  # beginnings of architecture names, in GGUF and HF files
@@ -326,7 +330,12 @@ def _train(
                 sample = sample[:: -(-sample.shape[0] // _MAX_TRAINED)]
                 for spec in specs:
                     cb, error = codebook.train_side(
-                        sample, spec, seed, T=basis.transform(spec.dsub), n_threads=n_threads or 0
+                        sample,
+                        spec,
+                        seed,
+                        T=basis.transform(spec.dsub),
+                        stretch=_STRETCH_K if kind == K else 1.0,
+                        n_threads=n_threads or 0,
                     )
                     books[spec.name][kind][layer], errors[spec.name][kind][layer] = cb, error
                     heads = figures[spec.name][kind]

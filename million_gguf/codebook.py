@@ -70,6 +70,7 @@ def train_side(
     seed: int,
     *,
     T: npt.ArrayLike | None = None,
+    stretch: float = 1.0,
     device: str = "auto",
     n_threads: int = 0,
     progress: Progress | None = None,
@@ -82,6 +83,8 @@ def train_side(
         seed: of sampling; the same rows and seed give the same codebook.
         T: ``[n_head_kv, D, D]``, the transform per KV head, rounded to f16 before it is used; None: the identity.
             Training minimizes the error of ``y = (x - mu) T``, so T decides what an error costs.
+        stretch: every second row is trained on at this many times its distance from the mean, for the sake of rows
+            that lie further out than any of these. The error that is returned is that of the rows as they are.
         device: ``cpu``, ``cuda``, or ``auto``: cuda where torch finds one.
         n_threads: of the CPU; 0: all cores.
         progress: called with the fraction done.
@@ -129,7 +132,11 @@ def train_side(
             y = y @ T16[h].astype(np.float32)
             T_inv = np.linalg.inv(T16[h].astype(np.float64))
         x = _split(y, spec.dsub)
-        c = _solve(x, spec.ksub, np.random.default_rng([seed, h]), points_on, threads_each)
+        trained_on = x
+        if stretch != 1.0:
+            trained_on = x.copy()
+            trained_on[:, 1::2] *= np.float32(stretch)
+        c = _solve(trained_on, spec.ksub, np.random.default_rng([seed, h]), points_on, threads_each)
         # Values beyond f16 can only come from rows that far out; clipping keeps the codebook finite and valid.
         centroids[h] = np.clip(c, -_F16_MAX, _F16_MAX)
         return _squared_error(x, centroids[h], T_inv, threads_each), deviation

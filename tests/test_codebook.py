@@ -111,6 +111,20 @@ def test_same_seed_same_codebook_for_any_number_of_threads() -> None:
     assert not other.equals(runs[0][0])
 
 
+def test_stretched_training_serves_rows_further_out() -> None:
+    rng = np.random.default_rng(0)
+    rows, far = (s * rng.standard_normal((4000, 1, 8)).astype(np.float32) for s in (1.0, 1.5))
+
+    def error_of(cb: pq_ref.Codebook, x: np.ndarray) -> float:
+        return float(((pq_ref.decode(cb, pq_ref.encode(cb, x)) - x) ** 2).sum())
+
+    plain, _ = codebook.train_side(rows, PQ_TYPES["pq3"], 0, device="cpu")
+    stretched, error = codebook.train_side(rows, PQ_TYPES["pq3"], 0, stretch=1.3, device="cpu")
+    assert error_of(stretched, far) < 0.9 * error_of(plain, far)
+    relative = error_of(stretched, rows) / float(((rows - rows.mean(0)) ** 2).sum())
+    assert np.isclose(error, relative, rtol=1e-3), "the error is that of the rows as they are"
+
+
 def test_a_head_is_trained_alike_whatever_comes_after_it() -> None:
     rows = rows_for(make_codebook("pq3", 16, 3), 500)
     three, _ = codebook.train_side(rows, PQ_TYPES["pq3"], 5, device="cpu")

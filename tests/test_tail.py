@@ -110,15 +110,17 @@ def test_sequences_keep_tails_of_their_own(demo_gguf: Path, tokens: list[int], u
 @pytest.mark.parametrize("unified", [False, True])
 def test_a_copied_sequence_is_correct(demo_gguf: Path, tokens: list[int], unified: bool) -> None:
     """Its tail may be dropped: then its codes are read, and the error is that of a cache without a tail."""
-    with closing(LowLevel(demo_gguf, "f16", N_CTX, 2, unified=unified)) as run:
-        want = run_in_batches(run, tokens, [100])[-1]
-    results = {}
-    for n_tail in (0, 64):
-        with closing(LowLevel(demo_gguf, "pq4", N_CTX, 2, unified=unified, kv_tail=n_tail)) as run:
-            run_in_batches(run, tokens, [99])
-            run.low.llama_memory_seq_cp(run.memory, 0, 1, -1, -1)
-            run.low.llama_memory_seq_rm(run.memory, 0, -1, -1)
-            results[n_tail] = nmse(run.decode([(tokens[99], 99, 1)])[0], want)
+    results = {0: 0.0, 64: 0.0}
+    for start in range(0, 48, 6):  # the error of one token says little
+        prompt = tokens[start : start + 100]
+        with closing(LowLevel(demo_gguf, "f16", N_CTX, 2, unified=unified)) as run:
+            want = run_in_batches(run, prompt, [100])[-1]
+        for n_tail in results:
+            with closing(LowLevel(demo_gguf, "pq4", N_CTX, 2, unified=unified, kv_tail=n_tail)) as run:
+                run_in_batches(run, prompt, [99])
+                run.low.llama_memory_seq_cp(run.memory, 0, 1, -1, -1)
+                run.low.llama_memory_seq_rm(run.memory, 0, -1, -1)
+                results[n_tail] += nmse(run.decode([(prompt[99], 99, 1)])[0], want)
     assert results[64] <= 1.05 * results[0]
 
 
