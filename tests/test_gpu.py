@@ -146,17 +146,18 @@ def test_cache_error_is_that_of_the_cpu(mean_kl: Callable[[str, str], float], ca
 @pytest.mark.native
 @pytest.mark.parametrize("rope", ["", "--rope-scaling yarn --rope-scale 4 --yarn-orig-ctx 64"])
 def test_a_step_in_one_launch_is_that_of_many(tmp_path: Path, rope: str) -> None:
-    """Rope, writes of K and V and attention of a layer in one kernel, against kernels of their own, bit for bit."""
+    """Rope, writes of K and V and attention of a layer in one kernel, against kernels of their own. The logits are kept in 16
+    bits, which alone makes a divergence of 5e-6; positions off by a hundredth make 5e-4, a plain cache makes 2.5e-3."""
     model, logits = tmp_path / "model.gguf", tmp_path / "logits"
     maker = ROOT / "benchmarks" / "gpu" / "synthetic_gguf.py"
-    run([sys.executable, maker, "--geometry", "llama-3.1-8b-cache", "--types", "pq4", "-o", model])
+    run([sys.executable, maker, "--geometry", "peaky", "--types", "pq4", "-o", model])
     for tokens in (1, 4):
         command = [
-            *[tool("llama-perplexity"), "-m", model, "-f", TEXT, "-c", "128", "--chunks", "1", "-fa", "on", "-ngl", "99"],
+            *[tool("llama-perplexity"), "-m", model, "-f", TEXT, "-c", "256", "--chunks", "2", "-fa", "on", "-ngl", "99"],
             *["-b", tokens, "-ub", tokens, "-ctk", "pq4", "-ctv", "pq4", *rope.split(), "--kl-divergence-base", logits],
         ]
-        run(command, GGML_CUDA_DISABLE_FUSION="1")
-        done = run([*command, "--kl-divergence"])
+        run(command, GGML_CUDA_DISABLE_FUSION="1", MILLION_KV_TAIL="32")  # most of the context is read as codes
+        done = run([*command, "--kl-divergence"], MILLION_KV_TAIL="32")
         largest = re.search(r"Maximum KLD:\s+([-\d.e]+)", done.stdout + done.stderr)
         assert largest, done.stdout[-2000:]
         assert float(largest[1]) < 1e-4

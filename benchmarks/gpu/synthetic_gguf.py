@@ -49,6 +49,7 @@ class Geometry:
     n_ff: int
     n_vocab: int
     rope_freq_base: float
+    gain: float = 1.0  # of queries and keys: with 1 attention is nearly uniform, and logits hardly depend on it
 
 
 GEOMETRIES = {
@@ -57,6 +58,8 @@ GEOMETRIES = {
     # its cache and codebooks with hardly any weights: for measuring what codebooks add to loading
     "llama-3.1-8b-cache": Geometry(32, 256, 32, 8, 128, 256, 512, 500000.0),
     "tiny": Geometry(2, 256, 8, 2, 64, 512, 512, 10000.0),  # for testing this program
+    # attention that tells positions, and logits that tell attention: for testing a backend with it
+    "peaky": Geometry(4, 256, 8, 2, 128, 256, 512, 10000.0, gain=3.0),
 }
 
 
@@ -215,6 +218,8 @@ def make(path: Path, g: Geometry, types: list[str], n_ctx: int, seed: int) -> No
             out.write(norms[name].tobytes())
         else:
             std = 1.0 if name == "token_embd.weight" else shape[1] ** -0.5
+            if name.endswith(("attn_q.weight", "attn_k.weight", "attn_output.weight")):
+                std *= g.gain
             for chunk in q4_0_chunks(pool, shape, std, rng):
                 chunk.tofile(out)
         pad()
