@@ -49,7 +49,7 @@ class Geometry:
     n_ff: int
     n_vocab: int
     rope_freq_base: float
-    gain: float = 1.0  # of queries and keys: with 1 attention is nearly uniform, and logits hardly depend on it
+    gain: float = 1.0  # of the weights of Q, K and the attention's output: with 1 logits hardly depend on attention
 
 
 GEOMETRIES = {

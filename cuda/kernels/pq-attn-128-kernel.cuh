@@ -902,6 +902,7 @@ __device__ __noinline__ void encode_units(const args_128 & a, pq_encode_few_smem
     while (unit < a.n_units) {
         int next = a.n_units; // asked for ahead: the answer takes a while, and what the unit needs does too
         if (n_given < a.n_units && pq_encode_thread<true>() == 0) {
+            pq_pdl_wait(); // the counters may still be those of a kernel before this one
             next = take_unit(a, n_given);
         }
         if (KT == VT || encode_place(a, unit).side == 0) {

@@ -13,6 +13,7 @@ constexpr int PROLOGUE_CELLS = 400;    // what a block does before its first cel
 constexpr int EARLY_CELLS    = 512;    // below it a block may well see nothing but the tail, and its tables would be built for nothing
 constexpr int COMBINE_CELLS  = 200;    // and merging the parts, as this many
 constexpr int MAX_NEW_ROWS   = 64;     // of a step: every block looks at the slots of all
+
 constexpr int WHOLE_HEAD_CELLS = 4000; // a group encodes all of a head in the time that a block attends to as many cells of one row
 
 int64_t div_up(int64_t a, int64_t b) {

@@ -106,7 +106,7 @@ __device__ __forceinline__ void pq_encode_prefetch(const pq_encode_side & side, 
     for (int i = tid; i < n_T + n_C; i += n_threads) {
         const uint8_t * at = i < n_T ? (const uint8_t *) (h.T + (size_t) (i / ROW) * side.p.D + col0) + i % ROW * SECTOR
                                      : (const uint8_t *) (h.centroids + (size_t) col0 * G::KSUB) + (i - n_T) * SECTOR;
-        asm volatile("prefetch.global.L2 [%0];" : : "l"(at));
+        pq_prefetch_l2(at);
     }
 }
 

@@ -2,29 +2,24 @@
 // file is compiled with fast math: the same approximations, in the same order, with the same fused multiply-adds.
 #pragma once
 
+#include "pq-cuda-common.cuh"
 #include "pq-cuda.h"
 
-static __device__ __forceinline__ float pq_lg2_approx(float x) {
+PQ_DEVICE float pq_lg2_approx(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-static __device__ __forceinline__ float pq_ex2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-static __device__ __forceinline__ float pq_rcp_approx(float x) {
+PQ_DEVICE float pq_rcp_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
 // {cos, sin} by which pair i is turned at position pos
-static __device__ __forceinline__ float2 pq_rope_turn(const pq_cuda_rope & r, int32_t pos, int i) {
-    float theta = __fmul_rn((float) pos, pq_ex2_approx(__fmul_rn((float) i, pq_lg2_approx(r.theta_scale))));
+PQ_DEVICE float2 pq_rope_turn(const pq_cuda_rope & r, int32_t pos, int i) {
+    float theta = __fmul_rn((float) pos, pq_exp2(__fmul_rn((float) i, pq_lg2_approx(r.theta_scale))));
     if (r.freq_factors) {
         theta = __fdividef(theta, r.freq_factors[i]);
     }
@@ -40,10 +35,10 @@ static __device__ __forceinline__ float2 pq_rope_turn(const pq_cuda_rope & r, in
     return make_float2(__fmul_rn(__cosf(theta), scale), __fmul_rn(__sinf(theta), scale));
 }
 
-static __device__ __forceinline__ float pq_rope_low(float2 turn, float low, float high) {
+PQ_DEVICE float pq_rope_low(float2 turn, float low, float high) {
     return __fmaf_rn(turn.x, low, -__fmul_rn(turn.y, high));
 }
 
-static __device__ __forceinline__ float pq_rope_high(float2 turn, float low, float high) {
+PQ_DEVICE float pq_rope_high(float2 turn, float low, float high) {
     return __fmaf_rn(turn.y, low, __fmul_rn(turn.x, high));
 }
