@@ -50,7 +50,6 @@ class _EncodeParams(C.Structure):
         ("tail", C.c_void_p),
         ("tail_row_stride", C.c_size_t),
         ("tail_idx", C.c_void_p),
-        ("x_idx", C.c_void_p),
     ]
 
 

@@ -60,7 +60,6 @@ BUDGETS = (
     Budget("pq_decode_kernelILi[0-9]ELi8E", threads=256, blocks=1),  # y of head size 256 takes half the registers
     Budget("pq_decode_plain_kernel", threads=256, blocks=4),
     # any mixture of types, and tables of K and V one after the other: for what has no kernel of its own
-    Budget("pq_write_tail_kernel", threads=256, blocks=4),
     Budget("fill_random", threads=256, blocks=4),  # of the benchmark
     Budget("rope_(rows|turns)", threads=64, blocks=8),  # of the tests
     # what is spilled is read again once per tile of 32 cells, among some 850 instructions

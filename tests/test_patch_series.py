@@ -23,6 +23,7 @@ LINE_BUDGET = {
     "ggml/src/ggml-cpu/ggml-cpu.cpp": 6,
     "ggml/src/ggml-cpu/traits.cpp": 10,
     "ggml/src/ggml-cuda/ggml-cuda.cu": 22,
+    "ggml/src/ggml-cuda/mmvq.cu": 12,
     "ggml/src/ggml.c": 6,
     "src/llama-context.cpp": 16,
     "src/llama-graph.cpp": 10,

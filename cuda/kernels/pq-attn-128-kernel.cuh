@@ -11,9 +11,9 @@
 //   2  maps the queries (q' = T^-1 q, and q.mu) with a tensor-core product;
 //   3  some warps attend to the exact tail; all take tiles of 32 cells, each with a softmax of its own. Tiles that nobody sees are never read;
 //   4  merges its warps. The last block of a row group to come here merges the parts (nobody waits for anybody);
-//   5  helps to encode the new rows: units of work in a queue that every block without other work takes from. No step reads the codes
-//      that it writes (the rows are in the tail), so it does not matter when they are made. Where the multiprocessors without attention have the
-//      time, they do it all, a whole head at a time (whole_heads).
+//   5  helps to encode the new rows. No step reads the codes that it writes (the rows are in the tail), so it does not matter when they are made:
+//      multiprocessors without attention encode as much as they have the time for (n_apart), the rest is for the blocks that delivered their part and are not
+//      the last of their row group, while that one merges.
 //
 // In what follows g = lane / 4 and t = lane % 4, as the tensor-core products place their operands (pq-cuda-common.cuh).
 //
@@ -33,7 +33,7 @@
 #pragma once
 
 #include "pq-attn-kernel.cuh" // rows, masks, tables, the V side of a lane
-#include "pq-encode-few-kernel.cuh"
+#include "pq-encode-group.cuh"
 #include "pq-mma.cuh"
 
 namespace pq_attn {
@@ -52,21 +52,23 @@ __host__ __device__ constexpr int n_threads_128(int R) {
 
 struct args_128 : args {
     small_divisor by_row_groups, by_heads, by_parts; // of block indexes
+    small_divisor by_two_heads;                      // of heads of K and V
     int32_t    n_attn_blocks; // the others only encode
     int32_t    n_tail_warps;
     int32_t    tail_mask_by_16;
     int32_t    early_tables;  // ask for the tables without asking masks first: a part so large has cells that somebody sees
     int32_t    settled;       // nothing but queries and new rows is still being written when the kernel starts
-    uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups], then units taken, then blocks done; 0 before and after a launch
-    int32_t    n_counters;    // of arrivals
+    uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups]; 0 before and after a launch
     // The rows of this step, not yet written. n_new 0: they are.
     int32_t    n_new;
     int32_t    n_units;          // of encoding: strips of heads of both sides, 8 rows at a time
-    int32_t    whole_heads;      // blocks without attention encode all of them, all strips of a head at once: slower for one, faster for many
+    int32_t    n_apart;          // of them, the first ones: for blocks without attention
+    int32_t    n_helpers;        // blocks that encode the others
     int64_t    slot_base;        // where the slots of `p.tail` begin among those that tail_idx counts
     int64_t    slots_per_stream;
     pq_encode_sides new_rows;
     pq_cuda_rope    rope;
+    uint8_t       * dst_q8;           // see pq_cuda_step; NULL: not wanted
     uint32_t smem_codes, smem_weights, smem_sums, smem_barrier; // byte offsets, with those of args
 };
 
@@ -78,9 +80,16 @@ template <int TYPE, int R> struct k_swaps {
     enum { BITS = (R == 1 ? 0 : R == 4 ? 1 : 3) & (TYPE == PQ_TYPE_PQ2 ? 2 : 7) }; // pq2: a lookup gives two half2, their order is fixed
 };
 
+// pq3: four codes of 6 bits at bits 0..23 (anything above) as bytes. Then lookups are those of pq4: shifting and masking for each of them keeps the
+// integer units busy (72 % of the time, for one row).
+PQ_DEVICE uint32_t spread_codes(uint32_t w) {
+    const uint32_t x = __byte_perm(w, w << 4, 0x7610); // codes 0, 1 and 2, 3 in 12 bits of each half
+    return __byte_perm(x, x << 2, 0x7250) & 0x3f3f3f3f;
+}
+
 struct k_lane {
-    uint32_t low[4];      // 8 bits: address bytes that are the lane's, as PRMT takes them. 6 bits: the lane's part of 4 addresses
-    uint32_t pick[4];     // 8 bits: PRMT selectors. 6 bits: shifts
+    uint32_t low[4];      // address bytes that are the lane's, as PRMT takes them
+    uint32_t pick[4];     // PRMT selectors
     int32_t  turn;        // of half2 indexes
 };
 
@@ -101,11 +110,11 @@ PQ_DEVICE void init_k_lane(k_lane & s, int lane) {
         s.turn = g;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            s.pick[i] = pq_keep(TYPE == PQ_TYPE_PQ4 ? 0x7600 | (i ^ g % 4) << 4 | (4 + i % 2) : 6 * (i ^ g % 4), lane);
+            s.pick[i] = pq_keep(0x7600 | (i ^ g % 4) << 4 | (4 + i % 2), lane);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            s.low[i] = pq_keep(TYPE == PQ_TYPE_PQ4 ? (32 * t + 4 * (2 * i ^ g)) | (32 * t + 4 * ((2 * i + 1) ^ g)) << 8 : 32 * t + 4 * (i ^ g), lane);
+            s.low[i] = pq_keep((32 * t + 4 * (2 * i ^ g)) | (32 * t + 4 * ((2 * i + 1) ^ g)) << 8, lane);
         }
     }
 }
@@ -146,10 +155,16 @@ PQ_DEVICE void v_place(int lane, uint32_t * at, uint32_t * next) {
 template <int TYPE>
 PQ_DEVICE uint32_t read_v_word(uint32_t at, uint32_t next, const lane_side & vl) {
     if constexpr (TYPE == PQ_TYPE_PQ3) {
-        return join_words(pq_shared_u32(at), pq_shared_u32(at + next), vl);
+        return spread_codes(__funnelshift_r(pq_shared_u32(at), pq_shared_u32(at + next), vl.funnel));
     } else {
         return TYPE == PQ_TYPE_PQ4 ? pq_shared_u32(at) : pq_shared_u16(at);
     }
+}
+
+// As which type the words of V are looked up.
+template <int TYPE>
+__host__ __device__ constexpr int v_lookup() {
+    return TYPE == PQ_TYPE_PQ3 ? PQ_TYPE_PQ4 : TYPE;
 }
 
 PQ_DEVICE void swap_if(bool yes, uint32_t & a, uint32_t & b) {
@@ -177,18 +192,17 @@ PQ_DEVICE void lookup_k(uint32_t (&y)[16], const uint32_t (&w)[k_words<TYPE>::N]
             for (int i = 0; i < 4; i++) {
                 x[i] = w[i];
             }
-        } else { // four codes of 24 bits each at bits 8..31
-            x[0] = w[0] << 8;
-            x[1] = __funnelshift_r(w[0], w[1], 16);
-            x[2] = __funnelshift_r(w[1], w[2], 8);
-            x[3] = w[2];
+        } else {
+            x[0] = spread_codes(w[0]);
+            x[1] = spread_codes(__funnelshift_r(w[0], w[1], 24));
+            x[2] = spread_codes(__funnelshift_r(w[1], w[2], 16));
+            x[3] = spread_codes(w[2] >> 8);
         }
         swap_if(s.turn & 4, x[0], x[1]);
         swap_if(s.turn & 4, x[2], x[3]);
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-            const uint32_t at = TYPE == PQ_TYPE_PQ4 ? __byte_perm(x[i / 4], s.low[i % 8 / 2], s.pick[i % 4])
-                                                    : ((x[i / 4] >> s.pick[i % 4] & 0x3f00) | s.low[i % 4]) ^ i % 8 / 4 * 16;
+            const uint32_t at = __byte_perm(x[i / 4], s.low[i % 8 / 2], s.pick[i % 4]);
             y[i] = i < 8 ? pq_load_shared_u32<0>(at) : pq_load_shared_u32<128>(at);
         }
     }
@@ -279,10 +293,15 @@ PQ_DEVICE void scores_128(float (&s)[softmax_lane<R>::N], WORDS words, const k_l
                         swap_if(kl.turn & 2, y[i + 1], y[i + 3]);
                     }
                 }
-                float c[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+                float c[4] = { 0.0f, 0.0f, 0.0f, 0.0f }, d[4] = { 0.0f, 0.0f, 0.0f, 0.0f }; // two chains: a product waits for the one before it
 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    pq_mma_m16n8k16(c, q[4 * i], q[4 * i + 1], q[4 * i + 2], q[4 * i + 3], y[2 * i], y[2 * i + 1]);
+                for (int i = 0; i < 8; i += 2) {
+                    pq_mma_m16n8k16(c, q[4 * i],     q[4 * i + 1], q[4 * i + 2], q[4 * i + 3], y[2 * i],     y[2 * i + 1]);
+                    pq_mma_m16n8k16(d, q[4 * i + 4], q[4 * i + 5], q[4 * i + 6], q[4 * i + 7], y[2 * i + 2], y[2 * i + 3]);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    c[i] += d[i];
                 }
                 // the turn of cells 2t and 2t + 1 chooses rows g or g + 8 of C (query_place)
                 if constexpr (R == 4 && TYPE == PQ_TYPE_PQ2) {
@@ -338,8 +357,8 @@ PQ_DEVICE void values_128(float (&o)[N_O][4], WORD word, const lane_side & vl, u
 #pragma unroll
         for (int j = 0; j < N_SLOT / 2; j++) {
             uint32_t y[2][4];
-            lookup<TYPE, TABLE, true>(y[0], word(j),     vl);
-            lookup<TYPE, TABLE, true>(y[1], word(j + 8), vl);
+            lookup<v_lookup<TYPE>(), TABLE>(y[0], word(j),     vl);
+            lookup<v_lookup<TYPE>(), TABLE>(y[1], word(j + 8), vl);
             const uint32_t pj = __shfl_sync(PQ_FULL_WARP, p, pq_opaque(owner) + 4 * (2 * j % 8) + j / 4); // cell 2j + t / 2
             const uint32_t b0 = __byte_perm(pj, 0, pick_lo);
             const uint32_t b1 = __byte_perm(pj, 0, pick_hi);
@@ -350,10 +369,10 @@ PQ_DEVICE void values_128(float (&o)[N_O][4], WORD word, const lane_side & vl, u
 #pragma unroll
         for (int j = 0; j < N_SLOT / 2; j += 2) {
             uint32_t y[4][4];
-            lookup<TYPE, TABLE, true>(y[0], word(j),     vl);
-            lookup<TYPE, TABLE, true>(y[1], word(j + 8), vl);
-            lookup<TYPE, TABLE, true>(y[2], word(j + 1), vl);
-            lookup<TYPE, TABLE, true>(y[3], word(j + 9), vl);
+            lookup<v_lookup<TYPE>(), TABLE>(y[0], word(j),     vl);
+            lookup<v_lookup<TYPE>(), TABLE>(y[1], word(j + 8), vl);
+            lookup<v_lookup<TYPE>(), TABLE>(y[2], word(j + 1), vl);
+            lookup<v_lookup<TYPE>(), TABLE>(y[3], word(j + 9), vl);
             uint2 b[R / 2];
 #pragma unroll
             for (int r = 0; r < R / 2; r++) {
@@ -459,14 +478,13 @@ PQ_DEVICE void map_queries_128(__half * q_map, const query_rows & q, const side_
 
 // ---- positions ----
 
-// The 64 turns of a token to shared memory. A warp calls it, and sees them after it.
+// The 64 turns of a token to shared memory. A warp calls it.
 PQ_DEVICE void put_turns(float2 * turns, const pq_cuda_rope & rope, int token, int lane) {
     const int32_t pos = rope.pos[token];
 #pragma unroll 1
     for (int i = lane; i < 64; i += PQ_WARP) {
         turns[i] = pq_rope_turn(rope, pos, i);
     }
-    __syncwarp();
 }
 
 // Elements 4 lane, ... of a row, turned.
@@ -489,8 +507,8 @@ PQ_DEVICE float4 turn_row(const float4 & x, const float2 * turns, bool neox, int
 
 // ---- the exact tail ----
 
-// Writes the new rows to the tail as f16, K and V in turns. Blocks of the same slots write the same. turns: float2 [n_q][64], room for those of K
-PQ_DEVICE void write_tail_128(const args_128 & a, float2 * turns, int stream, int head_kv, int64_t slot0, int64_t n_slots, int warp, int n_warps, int lane) {
+// Writes the new rows to the tail as f16, K and V in turns. Blocks of the same slots write the same. turns: float2 [n_q][64]
+PQ_DEVICE void write_tail_128(const args_128 & a, const float2 * turns, int stream, int head_kv, int64_t slot0, int64_t n_slots, int warp, int n_warps, int lane) {
 #pragma unroll 1
     for (int i = warp; i < 2 * a.n_new; i += n_warps) {
         const pq_encode_params & p = a.new_rows.side[i & 1].p;
@@ -499,9 +517,7 @@ PQ_DEVICE void write_tail_128(const args_128 & a, float2 * turns, int stream, in
         const int64_t here = slot - a.slot_base - stream * a.slots_per_stream - slot0;
         if (here >= 0 && here < n_slots) { // so it is a token of this stream
             if (a.rope.k && i % 2 == 0) {
-                float2 * t = turns + (i / 2 - stream * (int) a.p.n_q) * 64;
-                put_turns(t, a.rope, i / 2, lane);
-                x = turn_row(x, t, a.rope.neox, lane);
+                x = turn_row(x, turns + (i / 2 - stream * (int) a.p.n_q) * 64, a.rope.neox, lane);
             }
             union { __half2 h[2]; uint2 u; } y;
             y.h[0] = __floats2half2_rn(x.x, x.y);
@@ -658,20 +674,33 @@ template <int N /* 16-byte pieces of a cell */>
 struct tile_source {
     const uint8_t * lane_codes; // of the part's first cell, at the lane's first piece
     uint32_t        lane_dst;
+    uint32_t        further[N == 3 ? 2 : 1]; // pq3: bytes from there to the second and the third piece. 3 pieces of a cell do not divide a warp
 
     __device__ __forceinline__ tile_source(const uint8_t * codes, uint32_t row_stride, uint32_t tile, int lane)
-        : lane_codes(codes + lane / N * row_stride + 16 * (lane % N)), lane_dst(tile + 16 * lane) {}
+        : lane_codes(codes + lane / N * row_stride + 16 * (lane % N)), lane_dst(tile + 16 * lane) {
+        if constexpr (N == 3) {
+#pragma unroll
+            for (int j = 1; j < 3; j++) {
+                const int piece = j * PQ_WARP + lane;
+                further[j - 1] = (piece / 3 - lane / 3) * row_stride + 16 * (piece % 3 - lane % 3);
+            }
+        }
+    }
 
     // Asks for tile i, of which n cells exist.
     __device__ __forceinline__ void copy(int i, uint32_t row_stride, int n, int lane) const {
         const uint8_t * src = lane_codes + (int64_t) i * (TILE_128 * (uint64_t) row_stride);
-        if (N != 3 && n == TILE_128) {
+        if (n == TILE_128) {
 #pragma unroll
             for (int j = 0; j < N; j++) {
-                pq_copy_async(lane_dst + 512 * j, src + (uint64_t) (j * (PQ_WARP / N)) * row_stride);
+                if constexpr (N == 3) {
+                    pq_copy_async(lane_dst + 512 * j, src + (j == 0 ? 0 : further[j - 1]));
+                } else {
+                    pq_copy_async(lane_dst + 512 * j, src + (uint64_t) (j * (PQ_WARP / N)) * row_stride);
+                }
             }
         } else {
-#pragma unroll N == 3 ? 3 : 1
+#pragma unroll 1
             for (int j = 0; j < N; j++) {
                 const int l     = pq_opaque(lane); // or the places of all pieces would take registers
                 const int piece = j * PQ_WARP + l;
@@ -718,11 +747,14 @@ PQ_DEVICE void copy_v_map(uint32_t shared, const uint8_t * v_block, const side_a
     pq_copy_commit();
 }
 
-// The weights of n parts of a row, and what they come to: {m, weight of the coded part, weight of the tail}. A warp calls it.
-PQ_DEVICE void weigh_parts(const float * records, int record_floats, int n, float * weights, float * head, int lane) {
-    auto header = [&](int part) { return __ldcg((const float4 *) (records + (size_t) part * record_floats)); };
-    const float4 first = lane < n ? header(lane) : make_float4(-CUDART_INF_F, 0.0f, 0.0f, 0.0f); // most often there are no more
-    float top = first.x, coded = 0.0f, tail = 0.0f;
+// A row of a part of the context, on its way to the block that merges the parts: m, the sum of its weights, and its elements in units of that sum.
+constexpr int RECORD_128 = 4 + 128; // floats
+
+// The weights of n parts of a row, and what they come to: {m, sum}. A warp calls it.
+PQ_DEVICE void weigh_parts(const float * records, int n, float * weights, float * head, int lane) {
+    auto header = [&](int part) { return __ldcg((const float2 *) (records + (size_t) part * RECORD_128)); };
+    const float2 first = lane < n ? header(lane) : make_float2(-CUDART_INF_F, 0.0f); // most often there are no more
+    float top = first.x, sum = 0.0f;
 #pragma unroll 1
     for (int part = lane + PQ_WARP; part < n; part += PQ_WARP) {
         top = fmaxf(top, header(part).x);
@@ -731,89 +763,110 @@ PQ_DEVICE void weigh_parts(const float * records, int record_floats, int n, floa
     const float ref = top == -CUDART_INF_F ? 0.0f : top;
 #pragma unroll 1
     for (int part = lane; part < n; part += PQ_WARP) {
-        const float4 h = part == lane ? first : header(part);
-        const float  w = pq_exp2(h.x - ref);
+        const float2 h = part == lane ? first : header(part);
+        const float  w = pq_exp2(h.x - ref) * h.y;
         weights[part] = w;
-        coded = fmaf(w, h.y, coded);
-        tail  = fmaf(w, h.z, tail);
+        sum += w;
     }
-    coded = pq_warp_sum(coded);
-    tail  = pq_warp_sum(tail);
+    sum = pq_warp_sum(sum);
     if (lane == 0) {
-        *(float4 *) head = make_float4(top, coded, tail, 0.0f);
+        *(float2 *) head = make_float2(top, sum);
     }
 }
 
-// Merges the parts of the context, records [R][n_split][4 + 256] of which n_rows rows exist, to sums and head. All threads of the block call it.
-// work: float [R][MAX_SPLIT] + [NT][4]
+// A block of 32 elements as integers, one per lane, as ggml's kernel makes them, whose file is compiled with fast math.
+PQ_DEVICE void write_q8_block(uint8_t * block, float x, int lane) {
+    const float max = pq_warp_max(fabsf(x)), sum = pq_warp_sum(x), d = __fdividef(max, 127.0f);
+    block[4 + lane] = (uint8_t) (int8_t) (max == 0.0f ? 0.0f : roundf(__fdividef(x, d)));
+    if (lane == 0) {
+        *(uint32_t *) block = pq_as_u32(__floats2half2_rn(d, sum));
+    }
+}
+
+// The result once more as integers, if it is wanted so. rows_out: float [R][128]. All warps of the block call it.
+template <int R, int NW>
+PQ_DEVICE void write_q8_128(const args_128 & a, const row_info * rows, const float * rows_out, int warp, int lane) {
+    if (a.dst_q8) {
+        __syncthreads();
+#pragma unroll 1
+        for (int i = warp; i < 4 * R; i += NW) {
+            if (rows[i / 4].valid) {
+                const int64_t at = (const float *) rows[i / 4].dst - a.p.dst + i % 4 * 32; // of an element
+                write_q8_block(a.dst_q8 + at / 32 * PQ_Q8_BLOCK_BYTES, rows_out[32 * i + lane], lane);
+            }
+        }
+    }
+}
+
+// Merges the parts of the context, records [R][n_split] of which n_rows rows exist, and writes the rows. All threads of the block call it.
+// work: float [R][MAX_SPLIT] + [NT][4], rows_out: float [R][128], head: float [R][4]
 template <int R, int NT>
-PQ_DEVICE void merge_parts_128(const args_128 & a, const float * records, int n_rows, float * sums, float * head, float * work) {
-    constexpr int COLS   = R * 2 * 128 / 4;               // of four floats
-    constexpr int GROUPS = NT > COLS ? NT / COLS : 1;     // of threads that share the parts
+PQ_DEVICE void merge_parts_128(const args_128 & a, const row_info * rows, const float * records, int n_rows, float * head, float * work, float * rows_out) {
+    constexpr int COLS   = R * 128 / 4;                   // of four floats
+    constexpr int GROUPS = NT / COLS;                     // of threads that share the parts
     constexpr int AHEAD  = 8;                             // parts of a thread on their way at a time
-    constexpr int RECORD = 4 + 2 * 128;
+    static_assert(NT >= COLS, "all columns at once");
     const int tid = threadIdx.x, lane = tid % PQ_WARP, warp = tid / PQ_WARP;
     float  * weights = work;                              // [R][n_split]
     float4 * partial = (float4 *) (work + R * MAX_SPLIT); // [GROUPS][COLS]
-    const int group = tid / COLS;
+    const int group = tid / COLS, c = tid % COLS, r = c / 32;
+    const bool here = group < GROUPS && r < n_rows;
+    const float4 * from = (const float4 *) (records + (size_t) r * a.n_split * RECORD_128 + 4) + c % 32;
+    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 1
-    for (int col0 = 0; col0 < COLS; col0 += NT) {
-        const int  c    = col0 + tid % COLS, r = c / 64;
-        const bool here = group < GROUPS && c < COLS && r < n_rows;
-        const float4 * from = (const float4 *) (records + (size_t) r * a.n_split * RECORD + 4) + c % 64;
-        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 1
-        for (int part0 = 0; part0 < a.n_split; part0 += AHEAD * GROUPS) {
-            float4 y[AHEAD];
+    for (int part0 = 0; part0 < a.n_split; part0 += AHEAD * GROUPS) {
+        float4 y[AHEAD];
 #pragma unroll
-            for (int e = 0; e < AHEAD; e++) {
-                const int part = part0 + group + e * GROUPS;
-                y[e] = here && part < a.n_split ? __ldcg(from + part * (RECORD / 4)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int e = 0; e < AHEAD; e++) {
+            const int part = part0 + group + e * GROUPS;
+            y[e] = here && part < a.n_split ? __ldcg(from + part * (RECORD_128 / 4)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+        if (part0 == 0) { // while they are on their way
+            if (warp < R) {
+                weigh_parts(records + (size_t) warp * a.n_split * RECORD_128, warp < n_rows ? a.n_split : 0, weights + warp * a.n_split, head + 4 * warp, lane);
             }
-            if (part0 + col0 == 0) { // while they are on their way
-                if (warp < R) {
-                    weigh_parts(records + (size_t) warp * a.n_split * RECORD, RECORD, warp < n_rows ? a.n_split : 0, weights + warp * a.n_split, head + 4 * warp, lane);
-                }
-                __syncthreads();
-            }
+            __syncthreads();
+        }
 #pragma unroll
-            for (int e = 0; e < AHEAD; e++) {
-                const float w = here ? weights[r * a.n_split + min(part0 + group + e * GROUPS, a.n_split - 1)] : 0.0f;
-                x.x = fmaf(w, y[e].x, x.x);
-                x.y = fmaf(w, y[e].y, x.y);
-                x.z = fmaf(w, y[e].z, x.z);
-                x.w = fmaf(w, y[e].w, x.w);
-            }
+        for (int e = 0; e < AHEAD; e++) {
+            const float w = here ? weights[r * a.n_split + min(part0 + group + e * GROUPS, a.n_split - 1)] : 0.0f;
+            x.x = fmaf(w, y[e].x, x.x);
+            x.y = fmaf(w, y[e].y, x.y);
+            x.z = fmaf(w, y[e].z, x.z);
+            x.w = fmaf(w, y[e].w, x.w);
         }
-        if (group < GROUPS && c < COLS) {
-            partial[group * COLS + c] = x;
-        }
+    }
+    if (group < GROUPS) {
+        partial[group * COLS + c] = x;
     }
     __syncthreads();
-#pragma unroll 1
-    for (int i = tid; i < R * 2 * 128; i += NT) {
-        const int r = i / 256, d = i % 256;
-        float x = 0.0f;
+    if (tid < COLS && rows[r].valid) {
+        const float f = result_scale(a, rows[r], head[4 * r], head[4 * r + 1]);
+        x = partial[c];
 #pragma unroll
-        for (int k = 0; k < GROUPS; k++) {
-            x += ((const float *) partial)[k * COLS * 4 + i];
+        for (int k = 1; k < GROUPS; k++) {
+            const float4 y = partial[k * COLS + c];
+            x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
         }
-        sums[d / 128 * R * 128 + r * 128 + d % 128] = x;
+        x = make_float4(x.x * f, x.y * f, x.z * f, x.w * f);
+        ((float4 *) rows[r].dst)[c % 32]      = x;
+        ((float4 *) rows_out)[c] = x;
     }
+    write_q8_128<R, NT / PQ_WARP>(a, rows, rows_out, warp, lane);
 }
 
-// Writes the rows of a block from sums and head, in units of the whole: the weight of the coded part makes its elements as small as centroids, so that
-// two halves hold a float. v_map: see copy_v_map
-template <int R, int NW>
-PQ_DEVICE void write_rows_128(const args_128 & a, const row_info * rows, const float * sums, const float * head, const __half * v_map, int warp, int lane) {
+// The rows of a block from sums and head, in units of the whole: the weight of the coded part makes its elements as small as centroids, so that
+// two halves hold a float. v_map: see copy_v_map. scale(r): what a row is multiplied with; store(r, j, x, y): takes its elements j and j + 1
+template <int R, int NW, class SCALE, class STORE>
+PQ_DEVICE void map_rows_128(const args_128 & a, const float * sums, const float * head, const __half * v_map, int warp, int lane, SCALE scale, STORE store) {
     const int g = lane / 4, t = lane % 4, r = min(g, R - 1);
-    const float m = head[4 * r], coded = head[4 * r + 1], tail = head[4 * r + 2];
+    const float coded = head[4 * r + 1], tail = head[4 * r + 2];
     bool any_coded = false;
 #pragma unroll
     for (int i = 0; i < R; i++) {
         any_coded = any_coded || head[4 * i + 1] != 0.0f;
     }
-    const float f = result_scale(a, rows[r], m, coded + tail);
+    const float f = scale(r);
     const float * x = sums + r * 128, * x_tail = sums + (R + r) * 128, * mu = (const float *) (v_map + 128 * T_INV_STRIDE);
     const bool map = any_coded && a.v.T_inv != 0;
 #pragma unroll
@@ -848,97 +901,52 @@ PQ_DEVICE void write_rows_128(const args_128 & a, const row_info * rows, const f
             y0 = fmaf(mu[j + 2 * t],     coded * f, y0);
             y1 = fmaf(mu[j + 2 * t + 1], coded * f, y1);
         }
-        if (g < R && rows[r].valid) {
-            float * dst = (float *) rows[r].dst + j + 2 * t;
-            dst[0] = tail != 0.0f ? fmaf(x_tail[j + 2 * t],     f, y0) : y0;
-            dst[1] = tail != 0.0f ? fmaf(x_tail[j + 2 * t + 1], f, y1) : y1;
+        if (tail != 0.0f) {
+            y0 = fmaf(x_tail[j + 2 * t],     f, y0);
+            y1 = fmaf(x_tail[j + 2 * t + 1], f, y1);
+        }
+        if (g < R) {
+            store(r, j + 2 * t, y0, y1);
         }
     }
 }
 
 // ---- encoding ----
 
-struct encode_place {
-    int     side, head, col0;
-    int64_t row0;
-
-    __device__ __forceinline__ encode_place(const args_128 & a, int unit) {
-        constexpr int N_STRIP = 128 / PQ_ENCODE_STRIP;
-        const int h = unit / N_STRIP % (2 * a.p.n_head_kv);
-        col0 = unit % N_STRIP * PQ_ENCODE_STRIP;
-        side = h >= a.p.n_head_kv;
-        head = h - side * a.p.n_head_kv;
-        row0 = (int64_t) (unit / N_STRIP / (2 * a.p.n_head_kv)) * PQ_ENCODE_FEW_ROWS;
-    }
-};
-
-PQ_DEVICE int take_unit(const args_128 & a, int n_given) { // from the queue
-    return n_given + (int) atomicAdd(a.counters + a.n_counters, 1u);
+// One function per type, called and not inlined: the registers of the attention loop are counted.
+template <int TYPE>
+__device__ __noinline__ int encode_units_of(const args_128 & a, pq_encode_group_smem & s, int unit, int n_units, int stride) {
+    return pq_encode_group<TYPE>(a.rope.k ? &a.rope : nullptr, a.p.n_head_kv, a.by_two_heads, unit, n_units, stride, s);
 }
 
-// One function per type, called and not inlined: the registers of the attention loop are counted. The group's next unit (from thread 0; a.n_units: none) comes
-// to s.unit, and its part of the codebook to L2.
-template <int TYPE, int COLS>
-__device__ __noinline__ void encode_unit(const args_128 & a, int unit, int next, pq_encode_few_smem<128, COLS> & s) {
-    const encode_place at(a, unit);
-    const int tid = pq_encode_thread<true>();
-    pq_encode_few<TYPE, true>(a.new_rows.side[at.side], a.rope.k && at.side == 0 ? &a.rope : nullptr, at.head, at.col0, at.row0, s,
-        [&] {
-            if (tid == 0) {
-                s.unit = next;
-            }
-        },
-        [&] {
-            if (s.unit < a.n_units) {
-                const encode_place then(a, s.unit); // on the other side the type may be another: then it is a part of what is needed
-                pq_encode_prefetch<TYPE, COLS>(a.new_rows.side[then.side], then.head, then.col0, tid, PQ_ENCODE_FEW_THREADS);
-            }
-        });
-}
-
-// A group encodes unit after unit until there are none. Units below n_given are not in the queue.
+// A group encodes every stride-th unit below n_units.
 template <int KT, int VT>
-__device__ __noinline__ void encode_units(const args_128 & a, pq_encode_few_smem<128, PQ_ENCODE_STRIP> & s, int unit, int n_given) {
-    while (unit < a.n_units) {
-        int next = a.n_units; // asked for ahead: the answer takes a while, and what the unit needs does too
-        if (n_given < a.n_units && pq_encode_thread<true>() == 0) {
-            pq_pdl_wait(); // the counters may still be those of a kernel before this one
-            next = take_unit(a, n_given);
-        }
-        if (KT == VT || encode_place(a, unit).side == 0) {
-            encode_unit<KT>(a, unit, next, s);
+__device__ __forceinline__ void encode_units(const args_128 & a, pq_encode_group_smem & s, int unit, int n_units, int stride) {
+    if (unit < n_units) {
+        pq_encode_group_begin(a.new_rows, s);
+    }
+    while (unit < n_units) {
+        if (KT == VT || pq_encode_unit(unit, a.p.n_head_kv, a.by_two_heads).side == 0) {
+            unit = encode_units_of<KT>(a, s, unit, n_units, stride);
         } else {
-            encode_unit<VT>(a, unit, next, s);
+            unit = encode_units_of<VT>(a, s, unit, n_units, stride);
         }
-        unit = s.unit;
-        pq_encode_sync<true>(); // everybody has read it, and the codes
     }
 }
 
-// A group encodes every n_groups-th head.
-template <int KT, int VT>
-__device__ __noinline__ void encode_heads(const args_128 & a, pq_encode_few_smem<128, 128> & s, int group, int n_groups) {
-    constexpr int N_STRIP = 128 / PQ_ENCODE_STRIP;
-    for (int unit = group * N_STRIP; unit < a.n_units; unit += n_groups * N_STRIP) {
-        const int next = min(unit + n_groups * N_STRIP, a.n_units);
-        if (KT == VT || encode_place(a, unit).side == 0) {
-            encode_unit<KT>(a, unit, next, s);
-        } else {
-            encode_unit<VT>(a, unit, next, s);
+// Brings to L2 what the last units need, those that blocks with attention will encode: every block a part of it.
+template <int KT, int VT, int NT>
+PQ_DEVICE void prefetch_last_units(const args_128 & a, int tid) {
+#pragma unroll 1
+    for (int unit = a.n_apart + blockIdx.x; unit < a.n_units; unit += a.n_attn_blocks) {
+        const pq_encode_unit u(unit, a.p.n_head_kv, a.by_two_heads);
+        if (tid < PQ_ENCODE_FEW_THREADS) {
+            if (KT == VT || u.side == 0) {
+                pq_encode_prefetch<KT>(a.new_rows.side[u.side], u, tid);
+            } else {
+                pq_encode_prefetch<VT>(a.new_rows.side[u.side], u, tid);
+            }
         }
-        pq_encode_sync<true>(); // everybody has read the codes
-    }
-}
-
-// A block that is done with the queue says so, and the last one leaves it as it found it. One thread calls them.
-PQ_DEVICE uint32_t leave_queue(const args_128 & a) {
-    return atomicAdd(a.counters + a.n_counters + 1, 1u);
-}
-
-PQ_DEVICE void reset_queue(const args_128 & a, uint32_t n_left /* from leave_queue */) {
-    if (n_left == gridDim.x - 1) {
-        a.counters[a.n_counters]     = 0;
-        a.counters[a.n_counters + 1] = 0;
     }
 }
 
@@ -965,37 +973,23 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     float2   * ml      = (float2 *)   (smem + a.smem_merge_ml); // {m, sum of weights} [NW][R]
     float2   * tail_ml = ml + NW * R;                           // the same of the tail [n_tail_warps][R]
     float    * head    = (float *) (tail_ml + NW * R);          // [R][4]: m, weight of the coded part, weight of the tail; then a flag
-    int      * claims  = (int *) (head + 4 * R + 4);            // [N_GROUP_ENCODE]: units to encode
     float    * sums    = (float *)    (smem + a.smem_sums);     // [2][R][128]: coded, tail
     uint32_t * q_split = (uint32_t *) sums;                     // [4 R][Q_SPLIT_STRIDE], before there are sums
     float    * tail_o  = (float *)    (smem + a.smem_tail);     // [n_tail_warps][R][128]
-    float2   * turns   = (float2 *) tail_o;                     // [R + n_q][64]: of the queries and of new rows, before the tail is attended to
+    float2   * turns   = (float2 *) tail_o;                     // [n_q][64]: of the stream's tokens, before the tail is attended to
 
     const int tid = threadIdx.x, lane = tid % PQ_WARP;
     const int warp = __shfl_sync(PQ_FULL_WARP, tid / PQ_WARP, 0); // so that the compiler knows it to be the same in all lanes
     const int g = lane / 4, t = lane % 4;
-    const int n_encode_blocks = gridDim.x - a.n_attn_blocks;
-    const int n_given = a.whole_heads ? a.n_units : n_encode_blocks * N_GROUP_ENCODE; // units that blocks without attention begin with
-    pq_encode_few_smem<128, PQ_ENCODE_STRIP> & encode_smem = ((pq_encode_few_smem<128, PQ_ENCODE_STRIP> *) smem)[tid / PQ_ENCODE_FEW_THREADS];
+    pq_encode_group_smem & encode_smem = ((pq_encode_group_smem *) smem)[tid / PQ_ENCODE_FEW_THREADS];
 
     if ((uint32_t) __cvta_generic_to_shared(smem) != PQ_SHARED_BASE) {
         __trap(); // see PQ_SHARED_BASE
     }
     if ((int) blockIdx.x >= a.n_attn_blocks) {
         pq_pdl_launch_next();
-        if (a.whole_heads) {
-            encode_heads<KT, VT>(a, ((pq_encode_few_smem<128, 128> *) smem)[tid / PQ_ENCODE_FEW_THREADS],
-                                 (blockIdx.x - a.n_attn_blocks) * N_GROUP_ENCODE + tid / PQ_ENCODE_FEW_THREADS, n_encode_blocks * N_GROUP_ENCODE);
-            return;
-        }
-        encode_units<KT, VT>(a, encode_smem, (blockIdx.x - a.n_attn_blocks) * N_GROUP_ENCODE + tid / PQ_ENCODE_FEW_THREADS, n_given);
-        if (n_given < a.n_units) {
-            pq_pdl_wait(); // the counters may still be those of a kernel before this one
-            __syncthreads();
-            if (tid == 0) {
-                reset_queue(a, leave_queue(a));
-            }
-        }
+        const int n_groups = (gridDim.x - a.n_attn_blocks) * N_GROUP_ENCODE;
+        encode_units<KT, VT>(a, encode_smem, (blockIdx.x - a.n_attn_blocks) * N_GROUP_ENCODE + tid / PQ_ENCODE_FEW_THREADS, a.n_apart, n_groups);
         return;
     }
     uint32_t b = blockIdx.x; // heads of one part of the context side by side: together they read whole rows of the cache
@@ -1019,6 +1013,14 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     }
     if (a.early_tables && (!ONE_ASKS || tid == 0)) {
         ask_for_tables<KT, VT, NT>(a, head_kv, smem, tables_here, tid);
+    }
+    if (!a.settled) {
+        pq_pdl_wait();
+    }
+    // Warps from the last one on see to the tokens: first ones have the tail.
+    const int q_tok = NW - 1 - warp;
+    if ((a.rope.q || a.rope.k) && q_tok < (int) a.p.n_q) {
+        put_turns(turns + q_tok * 64, a.rope, stream * (int) a.p.n_q + q_tok, lane);
     }
     const uint8_t * k_codes = a.p.k.data + stream * a.p.k.stream_stride + head_kv * a.p.k.head_stride + kv0 * a.p.k.row_stride;
     const uint8_t * v_codes = a.p.v.data + stream * a.p.v.stream_stride + head_kv * a.p.v.head_stride + kv0 * a.p.v.row_stride;
@@ -1055,7 +1057,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             weights[NW * 16 * R + i] = 0;
         }
     }
-    __syncthreads(); // the rows
+    __syncthreads(); // the rows, and turns
 
     // The warp's tiles are first, first + NW, ... Warps that attend to the tail come last in every round.
     const int nw_tail = n_slots > 0 ? min(a.n_tail_warps, (n_slots + TAIL_STEP - 1) / TAIL_STEP) : 0;
@@ -1080,9 +1082,6 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         }
         pq_copy_commit();
     };
-    if (!a.settled) {
-        pq_pdl_wait();
-    }
     const int first_tile = tiles.next(seen_tile);
     load_k(first_tile);
     load_v(first_tile);
@@ -1111,11 +1110,6 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             mu = __ldg((const float4 *) (k_block + a.k.mu) + lane);
         }
     }
-    if (a.rope.q && q_row >= 0) { // rows are [n_q][n_group]
-        uint32_t token = (uint32_t) min(row0 + q_row, a.n_rows - 1);
-        a.by_group.split(token);
-        put_turns(turns + q_row * 64, a.rope, stream * (int) a.p.n_q + (int) token, lane);
-    }
     if (a.settled) {
         pq_pdl_wait();
     }
@@ -1125,8 +1119,10 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         // not through __ldg, which the compiler may move ahead of the wait for the kernel that makes the queries
         const uint4 u = row0 + q_row < a.n_rows ? pq_load_row_u128(rows[q_row].q + 16 * lane) : make_uint4(0, 0, 0, 0);
         float4 x = make_float4(__uint_as_float(u.x), __uint_as_float(u.y), __uint_as_float(u.z), __uint_as_float(u.w));
-        if (a.rope.q) {
-            x = turn_row(x, turns + q_row * 64, a.rope.neox, lane);
+        if (a.rope.q) { // rows are [n_q][n_group]
+            uint32_t token = (uint32_t) min(row0 + q_row, a.n_rows - 1);
+            a.by_group.split(token);
+            x = turn_row(x, turns + token * 64, a.rope.neox, lane);
         }
         x = make_float4(x.x * a.q_scale, x.y * a.q_scale, x.z * a.q_scale, x.w * a.q_scale);
         store_query(q_split, q_row, x, lane);
@@ -1135,7 +1131,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             rows[q_row].q_mu = q_mu;
         }
     }
-    write_tail_128(a, turns + R * 64, stream, head_kv, slot0, n_slots, (2 * NW - R - 1 - warp) % NW, NW, lane);
+    write_tail_128(a, turns, stream, head_kv, slot0, n_slots, (2 * NW - R - 1 - warp) % NW, NW, lane);
 
     __syncthreads(); // queries, and, before 9.0, tables
     query_rows qr;
@@ -1161,7 +1157,12 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         k_lane    kl = {};
         lane_side vl = {};
         init_k_lane<KT>(kl, lane);
-        init_side<VT, L, true>(vl, a.v, D, lane);
+        init_side<v_lookup<VT>(), L, true>(vl, a.v, D, lane);
+        if (VT == PQ_TYPE_PQ3) { // four lanes share three words
+            int cell, l;
+            lane_place<L, true>(lane, &cell, &l);
+            vl.funnel = -8 * (l % 4) & 31;
+        }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             vl.low[i]  = pq_keep(vl.low[i], lane);
@@ -1347,9 +1348,8 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     }
     pq_copy_wait<0>();
     pq_pdl_launch_next();
-    int claim = a.n_units; // of units to encode: asked for now, known when the warps are merged
-    if (n_given < a.n_units && pq_encode_thread<true>() == 0) {
-        claim = take_unit(a, n_given);
+    if (a.n_apart < a.n_units) {
+        prefetch_last_units<KT, VT, NT>(a, tid);
     }
     if (t == 0 && g < R) {
         ml[warp * R + g] = make_float2(m, sum);
@@ -1360,7 +1360,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     float * merge = (float *) smem; // [NW][2][R][128], over the tables
     constexpr uint32_t V_MAP = NW * 2 * R * D * sizeof(float);
     const uint32_t v_map = PQ_SHARED_BASE + V_MAP;
-    if (a.n_split == 1 && any_tile) {
+    if (any_tile) {
         copy_v_map<NT>(v_map, v_block, a.v, tid);
     }
     if (warp < R) { // a warp per row, a lane per warp
@@ -1393,21 +1393,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             }
         }
     }
-    if (pq_encode_thread<true>() == 0) {
-        claims[tid / PQ_ENCODE_FEW_THREADS] = claim;
-    }
     __syncthreads();
-    bool encodes = false;
-#pragma unroll
-    for (int i = 0; i < N_GROUP_ENCODE; i++) {
-        encodes = encodes || claims[i] < a.n_units;
-    }
-    uint32_t n_left = 0; // blocks that are done with the queue: the answer is needed at the end
-    if (n_given < a.n_units && !encodes && tid == 0) {
-        n_left = leave_queue(a);
-    }
-    const int record_floats = 4 + 2 * D;
-    float * records = a.partials + (((size_t) stream * a.p.n_head_kv + head_kv) * a.n_rows + row0) * a.n_split * record_floats;
     for (int i = tid; i < R * D; i += NT) {
         const int r = i / D;
         float x = 0.0f, xt = 0.0f;
@@ -1421,55 +1407,58 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         for (int w = 0; w < nw_tail; w++) {
             xt = fmaf(tail_o[w * R * D + i], tail_ml[w * R + r].x, xt);
         }
-        if (a.n_split == 1) {
-            sums[i]         = x;
-            sums[R * D + i] = xt;
-        } else if (row0 + r < a.n_rows) {
-            float * record = records + ((size_t) r * a.n_split + split) * record_floats;
-            record[4 + i % D]     = x;
-            record[4 + D + i % D] = xt;
-            if (i % D == 0) {
-                *(float4 *) record = *(const float4 *) (head + 4 * r);
-            }
-        }
+        sums[i]         = x;
+        sums[R * D + i] = xt;
     }
+    pq_copy_wait<0>();
+    __syncthreads();
 
-    // ---- the last block of the row group merges the parts ----
-    bool writes = a.n_split == 1;
-    if (a.n_split > 1) {
-        __threadfence();
+    // ---- the result, or a part of it. The last block of the row group merges the parts ----
+    const __half * v_map_here = (const __half *) (smem + V_MAP);
+    int helper = blockIdx.x; // which one of the blocks that encode
+    if (a.n_split == 1) {
+        map_rows_128<R, NW>(a, sums, head, v_map_here, warp, lane,
+            [&](int r) { return result_scale(a, rows[r], head[4 * r], head[4 * r + 1] + head[4 * r + 2]); },
+            [&](int r, int j, float x, float y) {
+                if (rows[r].valid) {
+                    *(float2 *) ((float *) rows[r].dst + j) = make_float2(x, y);
+                    *(float2 *) (merge + r * D + j)         = make_float2(x, y);
+                }
+            });
+        write_q8_128<R, NW>(a, rows, merge, warp, lane);
+    } else {
+        const int group  = (stream * a.p.n_head_kv + head_kv) * a.n_row_groups + row_group;
+        const int n_rows = min(R, a.n_rows - row0);
+        float * records  = a.partials + (((size_t) stream * a.p.n_head_kv + head_kv) * a.n_rows + row0) * a.n_split * RECORD_128;
+        auto    weight   = [&](int r) { return head[4 * r + 1] + head[4 * r + 2]; };
+        map_rows_128<R, NW>(a, sums, head, v_map_here, warp, lane,
+            [&](int r) { return weight(r) == 0.0f ? 0.0f : 1.0f / weight(r); },
+            [&](int r, int j, float x, float y) {
+                if (r < n_rows) {
+                    *(float2 *) (records + ((size_t) r * a.n_split + split) * RECORD_128 + 4 + j) = make_float2(x, y);
+                }
+            });
+        if (tid < n_rows) {
+            *(float2 *) (records + ((size_t) tid * a.n_split + split) * RECORD_128) = make_float2(head[4 * tid], weight(tid));
+        }
         __syncthreads();
         if (tid == 0) {
-            uint32_t * arrivals = a.counters + ((size_t) stream * a.p.n_head_kv + head_kv) * a.n_row_groups + row_group;
-            const bool last = atomicAdd(arrivals, 1u) == (uint32_t) a.n_split - 1;
-            if (last) {
-                *arrivals = 0;
+            const uint32_t before = pq_arrive(a.counters + group); // for the whole block: the others' writes lie before the barrier
+            if (before == (uint32_t) a.n_split - 1) {
+                a.counters[group] = 0;
             }
-            head[4 * R] = last;
+            head[4 * R] = __uint_as_float(before);
         }
         __syncthreads();
-        writes = head[4 * R] != 0.0f;
-        if (writes) {
-            __threadfence();
-            copy_v_map<NT>(v_map, v_block, a.v, tid);
-            merge_parts_128<R, NT>(a, records, min(R, a.n_rows - row0), sums, head, (float *) smem);
+        const int before = (int) __float_as_uint(head[4 * R]);
+        helper = before * (a.n_attn_blocks / a.n_split) + group; // who comes early begins
+        if (before == a.n_split - 1) {
+            merge_parts_128<R, NT>(a, rows, records, n_rows, head, (float *) smem, sums);
         }
     }
-    if (writes) {
-        pq_copy_wait<0>();
-        __syncthreads();
-        write_rows_128<R, NW>(a, rows, sums, head, (const __half *) (smem + V_MAP), warp, lane);
-    }
-    if (encodes) {
-        __syncthreads();
-        encode_units<KT, VT>(a, encode_smem, claims[tid / PQ_ENCODE_FEW_THREADS], n_given);
-        __syncthreads();
-        if (tid == 0) {
-            n_left = leave_queue(a);
-        }
-    }
-    if (n_given < a.n_units && tid == 0) {
-        reset_queue(a, n_left);
+    if (helper < a.n_helpers) {
+        __syncthreads(); // the encoder lies over everything that there was in shared memory
+        encode_units<KT, VT>(a, encode_smem, a.n_apart + helper + tid / PQ_ENCODE_FEW_THREADS * a.n_helpers, a.n_units, a.n_helpers * N_GROUP_ENCODE);
     }
 }
 

@@ -331,13 +331,8 @@ PQ_DEVICE void load_tile(uint32_t (&w)[N_SLOT], const lane_side & s, int64_t cel
     }
 }
 
-// pq3: the lane's 24 bits at bits 8..31, from its word and the next.
-PQ_DEVICE uint32_t join_words(uint32_t w, uint32_t next, const lane_side & s) {
-    return __funnelshift_r(w, next, s.funnel);
-}
-
 // The lane's four half2 of a cell from its code word.
-template <int TYPE, uint32_t TABLE /* offset in dynamic shared memory */, bool JOINED = false /* pq3: w has been through join_words() */>
+template <int TYPE, uint32_t TABLE /* offset in dynamic shared memory */>
 PQ_DEVICE void lookup(uint32_t (&y)[4], uint32_t w, const lane_side & s) {
     if constexpr (TYPE == PQ_TYPE_PQ4) {
 #pragma unroll
@@ -345,7 +340,7 @@ PQ_DEVICE void lookup(uint32_t (&y)[4], uint32_t w, const lane_side & s) {
             y[i] = pq_load_shared_u32<TABLE>(__byte_perm(w, s.low[i / 2], s.pick[i]));
         }
     } else if constexpr (TYPE == PQ_TYPE_PQ3) {
-        const uint32_t bits = JOINED ? w : join_words(w, __shfl_sync(PQ_FULL_WARP, w, s.next_lane), s);
+        const uint32_t bits = __funnelshift_r(w, __shfl_sync(PQ_FULL_WARP, w, s.next_lane), s.funnel);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             y[i] = pq_load_shared_u32<TABLE>((bits >> s.pick[i] & 0x3f00) | s.low[i]);

@@ -13,8 +13,7 @@ constexpr int PROLOGUE_CELLS = 400;    // what a block does before its first cel
 constexpr int EARLY_CELLS    = 512;    // below it a block may well see nothing but the tail, and its tables would be built for nothing
 constexpr int COMBINE_CELLS  = 200;    // and merging the parts, as this many
 constexpr int MAX_NEW_ROWS   = 64;     // of a step: every block looks at the slots of all
-
-constexpr int WHOLE_HEAD_CELLS = 4000; // a group encodes all of a head in the time that a block attends to as many cells of one row
+constexpr int UNIT_CELLS     = 820;    // a group encodes a unit in the time that a block attends to as many cells of one row
 
 int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -58,11 +57,6 @@ bool tables_apart(const pq_attn_params & p, int lanes) {
     return lanes < 32 || !is_coded(p.k) || !is_coded(p.v) || (p.k.type == PQ_TYPE_PQ3 && p.v.type == PQ_TYPE_PQ3);
 }
 
-// Shared memory of a block that encodes whole heads, and nothing else.
-size_t whole_heads_bytes(int R) {
-    return n_threads_128(R) / PQ_ENCODE_FEW_THREADS * sizeof(pq_encode_few_smem<128, 128>);
-}
-
 struct smem_layout_128 {
     size_t codes, rows, qt, weights, merge_ml, sums, tail, barrier, bytes;
 };
@@ -71,9 +65,8 @@ struct smem_layout_128 {
 smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_warps) {
     const size_t NW = n_threads_128(R) / PQ_WARP;
     smem_layout_128 s;
-    // after the tables their room serves the merge, beside it T_inv of V, and the encoder
-    size_t off = std::max({ (size_t) table_bytes(p.k.type, 16) + table_bytes(p.v.type, 16), NW * 2 * R * 128 * sizeof(float) + V_MAP_BYTES,
-                            NW * PQ_WARP / PQ_ENCODE_FEW_THREADS * sizeof(pq_encode_few_smem<128, PQ_ENCODE_STRIP>) });
+    // after the tables their room serves the merge, beside it T_inv of V
+    size_t off = std::max((size_t) table_bytes(p.k.type, 16) + table_bytes(p.v.type, 16), NW * 2 * R * 128 * sizeof(float) + V_MAP_BYTES);
     auto take = [&](size_t bytes) {
         const size_t at = off;
         off += (bytes + 15) / 16 * 16;
@@ -84,11 +77,11 @@ smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_
     s.rows     = take(R * sizeof(row_info));
     s.qt       = take((size_t) R * Q_STRIDE * sizeof(uint16_t));
     s.weights  = take(R > 1 ? ((NW + 1) * 16 * R + 4) * sizeof(uint32_t) : 0);
-    s.merge_ml = take((4 * NW * R + 4 * R + 8) * sizeof(float));
+    s.merge_ml = take((4 * NW * R + 4 * R + 4) * sizeof(float));
     s.sums     = take((size_t) R * 2 * 128 * sizeof(float));
-    s.tail     = take((size_t) (n_tail_warps > 0 ? std::max(n_tail_warps, 2) : 0) * R * 128 * sizeof(float)); // first it holds turns of R + n_q tokens
+    s.tail     = take((size_t) n_tail_warps * R * 128 * sizeof(float)); // first it holds turns of n_q tokens: there are no more than rows
     s.barrier  = take(sizeof(uint64_t));
-    s.bytes    = off;
+    s.bytes    = std::max(off, NW * PQ_WARP / PQ_ENCODE_FEW_THREADS * sizeof(pq_encode_group_smem)); // who encodes has nothing else left to do
     return s;
 }
 
@@ -201,15 +194,12 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
     if (is_128) {
         plan.kernel          = PQ_CUDA_ATTN_128;
         plan.slots_per_split = div_up(plan.slots_per_split, TAIL_STEP) * TAIL_STEP;
-        plan.counter_bytes = ((size_t) n_base + 2) * sizeof(uint32_t);
-        plan.scratch_bytes = plan.n_split == 1 ? 0 : (size_t) p.n_stream * p.n_head_kv * n_rows * plan.n_split * (4 + 2 * 128) * sizeof(float);
+        plan.counter_bytes = (size_t) n_base * sizeof(uint32_t);
+        plan.scratch_bytes = plan.n_split == 1 ? 0 : (size_t) p.n_stream * p.n_head_kv * n_rows * plan.n_split * RECORD_128 * sizeof(float);
         const size_t per_warp = (size_t) R * 128 * sizeof(float);
         const size_t room     = device.smem_optin - get_smem_layout_128(p, R, 0).bytes;
         plan.n_tail_warps = (int32_t) std::min<int64_t>({ plan.n_threads / PQ_WARP, div_up(plan.slots_per_split, TAIL_STEP), (int64_t) (room / per_warp) });
         plan.smem_bytes   = get_smem_layout_128(p, R, plan.n_tail_warps).bytes;
-        if (p.tail.n > 0 && whole_heads_bytes(R) <= device.smem_optin) {
-            plan.smem_bytes = std::max(plan.smem_bytes, whole_heads_bytes(R));
-        }
         return plan;
     }
     const int64_t n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
@@ -270,20 +260,21 @@ static void set_args(args & a, const pq_attn_params & p, const pq_cuda_attn_plan
 }
 
 static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, const pq_cuda_rope * rope,
-                           bool settled, void * scratch, void * counters, cudaStream_t stream) {
+                           bool settled, uint8_t * dst_q8, void * scratch, void * counters, cudaStream_t stream) {
     const smem_layout_128 s = get_smem_layout_128(p, plan.rows_per_block, plan.n_tail_warps);
     args_128 a = {};
     set_args(a, p, plan, scratch);
     a.by_row_groups   = small_divisor(plan.n_row_groups);
     a.by_heads        = small_divisor(p.n_head_kv);
     a.by_parts        = small_divisor(plan.n_split);
+    a.by_two_heads    = small_divisor(2 * p.n_head_kv);
     a.n_attn_blocks   = plan.n_blocks;
     a.n_tail_warps    = plan.n_tail_warps;
     a.tail_mask_by_16 = ((uintptr_t) p.tail.mask | p.tail.mask_token_stride | p.tail.mask_stream_stride) % 16 == 0;
     a.early_tables  = plan.cells_per_split >= EARLY_CELLS;
     a.settled       = settled;
+    a.dst_q8        = dst_q8;
     a.counters      = (uint32_t *) counters;
-    a.n_counters    = p.n_stream * p.n_head_kv * plan.n_row_groups;
     a.smem_codes    = (uint32_t) s.codes;
     a.smem_rows     = (uint32_t) s.rows;
     a.smem_qt       = (uint32_t) s.qt;
@@ -302,13 +293,13 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
         a.n_units          = (int32_t) (div_up(new_rows->n_rows, PQ_ENCODE_FEW_ROWS) * 2 * p.n_head_kv * (128 / PQ_ENCODE_STRIP));
         a.slot_base        = (p.tail.k - new_rows->tail) / (int64_t) new_rows->tail_row_stride;
         a.slots_per_stream = (int64_t) (p.tail.k_stream_stride / new_rows->tail_row_stride);
-        // multiprocessors without attention encode; where there are few, blocks do when they are done
-        const int n_groups = plan.n_threads / PQ_ENCODE_FEW_THREADS;
-        const int n_free   = std::max(plan.n_sm - plan.n_blocks, 0);
-        const int n_heads  = a.n_units / (128 / PQ_ENCODE_STRIP);
-        a.whole_heads = n_free > 0 && n_free * n_groups < a.n_units && plan.smem_bytes >= whole_heads_bytes(plan.rows_per_block) &&
-                        div_up(n_heads, n_free * n_groups) * WHOLE_HEAD_CELLS <= PROLOGUE_CELLS + plan.cells_per_split * std::min<int>(plan.rows_per_block, 2);
-        n_blocks += std::min<int>(n_free, (int) div_up(a.whole_heads ? n_heads : a.n_units, n_groups));
+        // Multiprocessors without attention encode for as long as the others attend. What is left is for blocks that are not the last of their row group.
+        const int n_groups   = plan.n_threads / PQ_ENCODE_FEW_THREADS;
+        const int n_free     = std::max(plan.n_sm - plan.n_blocks, 0);
+        const int attn_cells = PROLOGUE_CELLS + plan.cells_per_split * std::min<int>(plan.rows_per_block, 2);
+        a.n_apart   = (int32_t) std::min<int64_t>(a.n_units, (int64_t) n_free * n_groups * std::max(attn_cells / UNIT_CELLS, 1));
+        a.n_helpers = a.n_apart == a.n_units ? 0 : plan.n_split == 1 ? plan.n_blocks : plan.n_blocks / plan.n_split * (plan.n_split - 1);
+        n_blocks   += std::min<int>(n_free, (int) div_up(a.n_apart, n_groups));
     }
     return plan.rows_per_block == 1 ? launch_128<1>(a, plan, n_blocks, stream)
          : plan.rows_per_block == 4 ? launch_128<4>(a, plan, n_blocks, stream)
@@ -332,7 +323,7 @@ const char * pq_cuda_step_unsupported(const pq_attn_params & p, const pq_cuda_at
         if (e.n_rows < 1 || e.n_rows > MAX_NEW_ROWS || e.n_rows != new_rows[0].n_rows) {
             return "there are no new rows, too many, or not as many of K as of V";
         }
-        if (e.type != s.type || e.D != s.D || e.n_head_kv != p.n_head_kv || e.codebook != s.codebook || e.x_idx) {
+        if (e.type != s.type || e.D != s.D || e.n_head_kv != p.n_head_kv || e.codebook != s.codebook) {
             return "the new rows are not of this K and V";
         }
         if (e.x_f16 || ((uintptr_t) e.x | e.x_row_stride | e.x_head_stride) % 16 != 0) {
@@ -348,11 +339,13 @@ const char * pq_cuda_step_unsupported(const pq_attn_params & p, const pq_cuda_at
 }
 
 cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, const pq_cuda_rope * rope,
-                         bool settled, void * scratch, void * counters, cudaStream_t stream) {
-    if (pq_cuda_step_unsupported(p, plan, new_rows) || (rope && new_rows->n_rows != p.n_q * p.n_stream)) {
+                         bool settled, uint8_t * dst_q8, void * scratch, void * counters, cudaStream_t stream) {
+    const bool contiguous = p.dst_head_stride == 128 * sizeof(float) && p.dst_token_stride == p.n_head * p.dst_head_stride &&
+                            (p.n_stream == 1 || p.dst_stream_stride == p.n_q * p.dst_token_stride);
+    if (pq_cuda_step_unsupported(p, plan, new_rows) || (rope && new_rows->n_rows != p.n_q * p.n_stream) || (dst_q8 && !contiguous)) {
         return cudaErrorInvalidValue;
     }
-    return run_128(p, plan, new_rows, rope, settled, scratch, counters, stream);
+    return run_128(p, plan, new_rows, rope, settled, dst_q8, scratch, counters, stream);
 }
 
 cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & plan, void * scratch, void * counters, cudaStream_t stream) {
@@ -360,7 +353,7 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
         return cudaSuccess;
     }
     if (plan.kernel == PQ_CUDA_ATTN_128) {
-        return run_128(p, plan, nullptr, nullptr, false, scratch, counters, stream);
+        return run_128(p, plan, nullptr, nullptr, false, nullptr, scratch, counters, stream);
     }
     const int64_t     n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
     const smem_layout s      = get_smem_layout(p, plan.lanes, plan.rows_per_block, plan.kernel == PQ_CUDA_ATTN_TWO_PHASES, n_list, plan.score_tiles);

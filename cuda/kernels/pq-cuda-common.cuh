@@ -68,6 +68,14 @@ PQ_DEVICE void pq_prefetch_l2(const uint8_t * p) {
     asm volatile("prefetch.global.L2 [%0];" : : "l"(p));
 }
 
+// Counts an arrival; returns how many there were before. What the thread has written, or has seen written, is seen by who arrives later. Lighter than
+// __threadfence(), which orders everything with everything.
+PQ_DEVICE uint32_t pq_arrive(uint32_t * counter) {
+    uint32_t x;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(x) : "l"(counter) : "memory");
+    return x;
+}
+
 // ---- shared memory ----
 
 // Dynamic shared memory begins at 0, and from 9.0 on after the 1 KB that the system keeps, in a kernel without static

@@ -14,7 +14,7 @@ namespace {
 
 // grid: (heads of all sides, strips, rows / 8)
 __global__ void __launch_bounds__(PQ_ENCODE_FEW_THREADS) pq_encode_few_kernel(const __grid_constant__ pq_encode_sides sides) {
-    __shared__ __align__(16) pq_encode_few_smem<PQ_MAX_D, PQ_ENCODE_STRIP> smem;
+    __shared__ __align__(16) pq_encode_few_smem smem;
     const int    n_head_0 = sides.side[0].p.n_head_kv;
     const bool   second   = (int) blockIdx.x >= n_head_0;
     const int    head     = blockIdx.x - (second ? n_head_0 : 0);
@@ -25,9 +25,9 @@ __global__ void __launch_bounds__(PQ_ENCODE_FEW_THREADS) pq_encode_few_kernel(co
         return; // the other side has more
     }
     switch (side.p.type) {
-        case PQ_TYPE_PQ4: pq_encode_few<PQ_TYPE_PQ4, false>(side, nullptr, head, col0, row0, smem, [] {}, [] {}); break;
-        case PQ_TYPE_PQ3: pq_encode_few<PQ_TYPE_PQ3, false>(side, nullptr, head, col0, row0, smem, [] {}, [] {}); break;
-        case PQ_TYPE_PQ2: pq_encode_few<PQ_TYPE_PQ2, false>(side, nullptr, head, col0, row0, smem, [] {}, [] {}); break;
+        case PQ_TYPE_PQ4: pq_encode_few<PQ_TYPE_PQ4>(side, head, col0, row0, smem); break;
+        case PQ_TYPE_PQ3: pq_encode_few<PQ_TYPE_PQ3>(side, head, col0, row0, smem); break;
+        case PQ_TYPE_PQ2: pq_encode_few<PQ_TYPE_PQ2>(side, head, col0, row0, smem); break;
         default: break;
     }
 }
@@ -643,43 +643,6 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
         __syncthreads();
         pq_encode_tile_store<TYPE>(side, head, col0, n_cols, n_rows, s);
         __syncthreads(); // codes and x are free
-    }
-}
-
-// ---- rows to the tail alone ----
-
-// grid: (n_rows, sides)
-template <bool WIDE /* 16 bytes at a time */>
-__global__ void __launch_bounds__(PQ_ENCODE_THREADS) pq_write_tail_kernel(const __grid_constant__ pq_encode_sides sides) {
-    const pq_encode_params & p = sides.side[blockIdx.y].p;
-    const int64_t row = blockIdx.x;
-    pq_pdl_wait();
-    pq_pdl_launch_next();
-    if (row >= p.n_rows) {
-        return;
-    }
-    if constexpr (WIDE) {
-        const int64_t slot     = p.tail_idx[row];
-        const int     n_pieces = p.D / 8; // of a head
-        for (int i = threadIdx.x; slot >= 0 && i < p.n_head_kv * n_pieces; i += PQ_ENCODE_THREADS) {
-            const uint8_t * x = pq_encode_row(p, row, i / n_pieces);
-            const int       k = i % n_pieces;
-            union { uint4 u; __half2 h[4]; } v;
-            if (p.x_f16) {
-                v.u = ((const uint4 *) x)[k];
-            } else {
-                const float4 a = ((const float4 *) x)[2 * k], b = ((const float4 *) x)[2 * k + 1];
-                v.h[0] = __floats2half2_rn(a.x, a.y);
-                v.h[1] = __floats2half2_rn(a.z, a.w);
-                v.h[2] = __floats2half2_rn(b.x, b.y);
-                v.h[3] = __floats2half2_rn(b.z, b.w);
-            }
-            ((uint4 *) (p.tail + slot * p.tail_row_stride))[i] = v.u;
-        }
-    } else {
-        for (int i = threadIdx.x; i < p.n_head_kv * p.D; i += PQ_ENCODE_THREADS) {
-            pq_encode_store_tail(p, i / p.D, i % p.D, row, pq_encode_load_x(p, row, i / p.D, i % p.D));
-        }
     }
 }
 

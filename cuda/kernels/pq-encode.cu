@@ -27,17 +27,6 @@ static bool wide_ok(const pq_encode_params & p) {
     return ((uintptr_t) p.x | p.x_row_stride | p.x_head_stride | (uintptr_t) p.tail | p.tail_row_stride) % 16 == 0;
 }
 
-cudaError_t pq_cuda_write_tail(const pq_encode_params * params, int n_sides, cudaStream_t stream) {
-    if (n_sides < 1 || n_sides > 2) {
-        return cudaErrorInvalidValue;
-    }
-    const int64_t n_rows = std::max(params[0].n_rows, params[n_sides - 1].n_rows);
-    const bool    wide   = wide_ok(params[0]) && wide_ok(params[n_sides - 1]);
-    return n_rows == 0 ? cudaSuccess :
-        pq_launch(wide ? pq_write_tail_kernel<true> : pq_write_tail_kernel<false>, dim3((unsigned) n_rows, n_sides), PQ_ENCODE_THREADS, 0,
-                  stream, pq_make_encode_sides(params, n_sides));
-}
-
 cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStream_t stream) {
     if (n_sides < 1 || n_sides > 2) {
         return cudaErrorInvalidValue;

@@ -37,8 +37,6 @@ struct pq_encode_params {
     uint8_t       * tail;             // f16 [slots][n_head_kv][D], the exact tail; NULL: none
     size_t          tail_row_stride;  // bytes between slots; heads are D halves apart
     const int64_t * tail_idx;         // slot of each token, [n_rows]; negative: the token is not kept
-
-    const int64_t * x_idx;            // row of x of each token, [n_rows]; NULL: 0, 1, 2, ... (CUDA only: codes from the tail)
 };
 
 // ---- decode: codes -> x [n_rows][n_head_kv][D], x = y T^-1 + mu ----

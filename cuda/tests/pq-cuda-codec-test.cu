@@ -223,35 +223,6 @@ static void test_encode(const std::vector<side_case> & cases, int n_rows) {
     }
 }
 
-// The rows first, and their codes from there: the same tail and the same codes as in one step. Every row has a slot.
-static void test_tail_first(const std::vector<side_case> & cases, int n_rows) {
-    std::vector<encode_side>      sides;
-    std::vector<pq_encode_params> params;
-    sides.reserve(cases.size());
-    for (const side_case & c : cases) {
-        sides.emplace_back(c, n_rows);
-        encode_side & s = sides.back();
-        s.tail_idx = encode_side::make_cells(n_rows, n_rows);
-        s.host.tail_idx = s.tail_idx.data();
-        CUDA(cudaMemcpy(s.d_tail_idx.p, s.tail_idx.data(), n_rows * sizeof(int64_t), cudaMemcpyHostToDevice));
-        params.push_back(s.device);
-    }
-    CUDA(pq_cuda_write_tail(params.data(), (int) params.size(), 0));
-    for (pq_encode_params & p : params) {
-        p.x             = p.tail;
-        p.x_f16         = 1;
-        p.x_row_stride  = p.tail_row_stride;
-        p.x_head_stride = p.D * sizeof(__half);
-        p.x_idx         = p.tail_idx;
-        p.tail          = nullptr;
-    }
-    CUDA(pq_cuda_encode(params.data(), (int) params.size(), 0));
-    CUDA(cudaDeviceSynchronize());
-    for (encode_side & s : sides) {
-        s.compare();
-    }
-}
-
 static void test_decode(pq_type type, int D, int n_head_kv, bool has_transform, int n_rows) {
     const std::vector<uint8_t> codebook = make_codebook(type, D, n_head_kv, has_transform);
     std::vector<uint8_t> codes(n_rows * n_head_kv * pq_head_bytes(type, D));
@@ -480,8 +451,6 @@ static void test(bool quick) {
         for (const int n_rows : { 1, 6, 140 }) {
             const side_case k = { type, 128, 4, true, false, true, side_case::NORMAL };
             test_encode({ k, k }, n_rows);
-            test_tail_first({ k, k }, n_rows);
-            test_tail_first({ k, { type, 80, 3, true, true, true, side_case::OUTLIERS } }, n_rows);
             test_encode({ k, { PQ_TYPE_PQ2, 64, 4, false, true, true, side_case::NORMAL } }, n_rows);
         }
     }

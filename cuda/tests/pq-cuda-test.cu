@@ -569,6 +569,29 @@ static void test_turns() {
     }
 }
 
+// Blocks of 32 against the floats that they hold.
+static void check_q8(const char * name, const std::vector<float> & x, const uint8_t * blocks) {
+    for (size_t b = 0; b < x.size() / 32; b++) {
+        const uint8_t * block = blocks + b * PQ_Q8_BLOCK_BYTES;
+        uint16_t ds[2];
+        memcpy(ds, block, sizeof(ds));
+        double top = 0.0, sum = 0.0, size = 0.0;
+        for (int i = 0; i < 32; i++) {
+            top   = std::max(top, (double) fabsf(x[32 * b + i]));
+            sum  += x[32 * b + i];
+            size += fabsf(x[32 * b + i]);
+        }
+        bool ok = fabs(from_f16(ds[0]) - top / 127.0) <= 1e-3 * top / 127.0 + 1e-7 && fabs(from_f16(ds[1]) - sum) <= 1e-3 * fabs(sum) + 1e-5 * size + 1e-7;
+        for (int i = 0; i < 32; i++) {
+            ok = ok && (top == 0.0 ? block[4 + i] == 0 : fabs(x[32 * b + i] * 127.0 / top - (int8_t) block[4 + i]) <= 0.5001);
+        }
+        check(ok, "%s: block %zu of the result as integers is off", name, b);
+        if (!ok) {
+            return;
+        }
+    }
+}
+
 static void run_step(const step_case & c, const pq_cuda_device_props & props) {
     const int D = 128, H = c.n_head_kv, n_rows = c.n_q * c.n_stream;
     char name[160];
@@ -612,6 +635,7 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
     device_buf<int64_t>  d_cell(cell), d_slot(slot);
     const size_t n_out = (size_t) n_rows * c.n_head * D;
     device_buf<float>    d_dst[2] = { device_buf<float>(n_out), device_buf<float>(n_out) };
+    device_buf<uint8_t>  d_q8(n_out / 32 * PQ_Q8_BLOCK_BYTES);
 
     pq_attn_params   p[2] = {};
     pq_encode_params e[2][2] = {};
@@ -680,8 +704,10 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
         }
         CUDA(pq_cuda_encode(e[0], 2, 0));
         CUDA(pq_cuda_attn(p[0], plan, scratch.p, n_done.buf.p, 0));
-        // The second round begins while the kernel before it may run, the others do not.
-        CUDA(pq_cuda_step(p[1], plan, e[1], c.rope == ROPE_NONE ? nullptr : &rope, round == 1, scratch.p, n_done.buf.p, 0));
+        // The second round begins while the kernel before it may run, the first does not. In the third each step has another before it, which it may not disturb.
+        for (int i = 0; i < (round == 2 ? 4 : 1); i++) {
+            CUDA(pq_cuda_step(p[1], plan, e[1], c.rope == ROPE_NONE ? nullptr : &rope, round > 0, round > 0 ? d_q8.p : nullptr, scratch.p, n_done.buf.p, 0));
+        }
         CUDA(cudaDeviceSynchronize());
         check(n_done.are_zero(), "%s: counters are not as they were", name);
         auto same = [&](const char * what, const void * a, const void * b, size_t n) {
@@ -699,6 +725,11 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
         std::vector<float> got(n_out);
         CUDA(cudaMemcpy(got.data(), d_dst[1].p, n_out * sizeof(float), cudaMemcpyDeviceToHost));
         check(std::all_of(got.begin(), got.end(), [](float f) { return std::isfinite(f); }), "%s: the result is not finite: a new row was not seen", name);
+        if (round > 0) {
+            std::vector<uint8_t> q8(d_q8.n);
+            CUDA(cudaMemcpy(q8.data(), d_q8.p, q8.size(), cudaMemcpyDeviceToHost));
+            check_q8(name, got, q8.data());
+        }
     }
 }
 
@@ -723,6 +754,12 @@ static void test_step(const pq_cuda_device_props & props) {
     }
     run_step({ P4, P4, 64, 64, 1, 1, 40000, 640, 0, true, ROPE_NONE }, props); // more blocks than multiprocessors
     run_step({ P4, P4, 64, 64, 1, 1, 40000, 640, 0, true, ROPE_PAIRS }, props);
+    for (const auto & t : { std::pair<pq_type, pq_type>(P4, P4), { P4, P3 }, { P3, P2 } }) { // blocks without attention encode all, unit after unit
+        for (int n_q : { 1, 8 }) {
+            run_step({ t.first, t.second, 32, 32, 1, n_q, 32768, 640, 0, true, ROPE_NEOX }, props);
+            run_step({ t.first, t.second, 32, 8,  1, n_q, 32768, 640, 0, true, ROPE_PAIRS }, props);
+        }
+    }
 }
 
 static void test(const pq_cuda_device_props & props, int only_D) {
@@ -1085,7 +1122,7 @@ static std::vector<float> time_layers(const bench_setup & b, bench_what what) {
     for (size_t l = 0; l < b.layers.size(); l++) {
         const pq_encode_params * rows = what == ATTENTION ? nullptr : &b.new_rows[2 * l];
         if (what == STEP) {
-            CUDA(pq_cuda_step(b.layers[l], b.plan, rows, &b.rope, true, b.scratch.p, b.counters.p, stream));
+            CUDA(pq_cuda_step(b.layers[l], b.plan, rows, &b.rope, true, nullptr, b.scratch.p, b.counters.p, stream));
             continue;
         }
         if (rows) {

@@ -31,14 +31,18 @@ struct tail_source {
 static constexpr int MASK_GROUP   = 8;   // columns of a thread: 16 bytes
 static constexpr int MASK_THREADS = 256;
 static constexpr int MASK_COLS    = MASK_GROUP * MASK_THREADS;
-static constexpr int MASK_TOKENS  = 16;  // of a block: finding the slots of its columns is worth more than one row
+static constexpr int MASK_TOKENS  = 8;   // of a block: finding the slots of its columns is worth more than one row
 
-// Writes the mask of all columns, and where the row of each column comes from.
-// grid: (n_cols / 2048, n_q / 16)
+// Writes the mask of all columns, and where the row of each column comes from. settled: masks and cells were complete before the kernel ahead began; they are then
+// read while that one still runs, but what is written may lie where it reads.
+// grid: (n_cols / 2048, n_q / 8)
 static __global__ void __launch_bounds__(MASK_THREADS) merge_masks(const mask_source kv, const tail_source tail, half * dst,
-                                                                   int32_t * row_source, int64_t n_kv, int64_t n_cols, int64_t n_q) {
+                                                                   int32_t * row_source, int64_t n_kv, int64_t n_cols, int64_t n_q, bool settled) {
     __shared__ int32_t slots[MASK_COLS]; // of the block's columns; negative: none
     pq_pdl_launch_next(); // the decoder waits for this kernel's end by itself
+    if (!settled) {
+        pq_pdl_wait();
+    }
     const int64_t block0 = (int64_t) blockIdx.x * MASK_COLS;
     for (int i = threadIdx.x; i < MASK_COLS; i += MASK_THREADS) {
         slots[i] = block0 + i < n_kv ? PQ_ROW_CODES : PQ_ROW_ZERO;
@@ -51,11 +55,10 @@ static __global__ void __launch_bounds__(MASK_THREADS) merge_masks(const mask_so
         }
     }
     __syncthreads();
-    const int     i0   = threadIdx.x * MASK_GROUP;
-    const int64_t col0 = block0 + i0;
-    if (col0 >= n_cols) {
-        return;
-    }
+    const int     i0     = threadIdx.x * MASK_GROUP;
+    const int64_t col0   = block0 + i0;
+    const int64_t token0 = (int64_t) blockIdx.y * MASK_TOKENS;
+    const int     n      = col0 < n_cols ? (int) min((int64_t) MASK_TOKENS, n_q - token0) : 0;
     int32_t slot[MASK_GROUP];
     bool    any_slot = false;
 #pragma unroll
@@ -63,31 +66,43 @@ static __global__ void __launch_bounds__(MASK_THREADS) merge_masks(const mask_so
         slot[i]  = slots[i0 + i];
         any_slot = any_slot || slot[i] >= 0;
     }
-    if (blockIdx.y == 0) {
-        *(int4 *) (row_source + col0)     = make_int4(slot[0], slot[1], slot[2], slot[3]);
-        *(int4 *) (row_source + col0 + 4) = make_int4(slot[4], slot[5], slot[6], slot[7]);
-    }
-    for (int64_t token = (int64_t) blockIdx.y * MASK_TOKENS; token < min((int64_t) (blockIdx.y + 1) * MASK_TOKENS, n_q); token++) {
-        const half * src = (const half *) (kv.data + token * kv.token_stride) + col0;
-        union { half h[MASK_GROUP]; uint4 u; } v;
+    union { half h[MASK_GROUP]; uint4 u; } v[MASK_TOKENS];
+#pragma unroll
+    for (int t = 0; t < MASK_TOKENS; t++) {
+        if (t >= n) {
+            break;
+        }
+        const half * src = (const half *) (kv.data + (token0 + t) * kv.token_stride) + col0;
         if (kv.data && col0 + MASK_GROUP <= n_kv && (uintptr_t) src % sizeof(uint4) == 0) {
-            v.u = *(const uint4 *) src;
+            v[t].u = *(const uint4 *) src;
         } else {
 #pragma unroll
             for (int i = 0; i < MASK_GROUP; i++) {
-                v.h[i] = col0 + i >= n_kv ? __float2half(-INFINITY) : kv.data ? src[i] : __float2half(0.0f);
+                v[t].h[i] = col0 + i >= n_kv ? __float2half(-INFINITY) : kv.data ? src[i] : __float2half(0.0f);
             }
         }
         if (any_slot) {
-            const half * tail_row = (const half *) ((const char *) tail.mask + token * tail.token_stride);
+            const half * tail_row = (const half *) ((const char *) tail.mask + (token0 + t) * tail.token_stride);
 #pragma unroll
             for (int i = 0; i < MASK_GROUP; i++) {
                 if (slot[i] >= 0) {
-                    v.h[i] = tail_row[slot[i]];
+                    v[t].h[i] = tail_row[slot[i]];
                 }
             }
         }
-        *(uint4 *) (dst + token * n_cols + col0) = v.u;
+    }
+    if (settled) {
+        pq_pdl_wait();
+    }
+    if (n > 0 && blockIdx.y == 0) {
+        *(int4 *) (row_source + col0)     = make_int4(slot[0], slot[1], slot[2], slot[3]);
+        *(int4 *) (row_source + col0 + 4) = make_int4(slot[4], slot[5], slot[6], slot[7]);
+    }
+#pragma unroll
+    for (int t = 0; t < MASK_TOKENS; t++) {
+        if (t < n) {
+            *(uint4 *) (dst + (token0 + t) * n_cols + col0) = v[t].u;
+        }
     }
 }
 
@@ -217,7 +232,7 @@ static bool mask_as_it_is(const pq_attn_params & p) {
         (p.mask_token_stride | p.mask_stream_stride | (uintptr_t) p.mask) % 16 == 0;
 }
 
-void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p) {
+void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, bool settled) {
     const int64_t n_cols = get_n_cols(p);
     const bool    merge  = !mask_as_it_is(p);
     cudaStream_t  stream = ctx.stream();
@@ -250,8 +265,7 @@ void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * o
                          p.tail.mask_token_stride, p.tail.n };
             }
             const dim3 grid((unsigned) ((n_cols + MASK_COLS - 1) / MASK_COLS), (unsigned) ((p.n_q + MASK_TOKENS - 1) / MASK_TOKENS));
-            merge_masks<<<grid, MASK_THREADS, 0, stream>>>(mask, tail, mask_f16.get(), row_source.get(), p.n_kv, n_cols, p.n_q);
-            CUDA_CHECK(cudaGetLastError());
+            CUDA_CHECK(pq_launch(merge_masks, grid, MASK_THREADS, 0, stream, mask, tail, mask_f16.get(), row_source.get(), p.n_kv, n_cols, p.n_q, settled));
             ops[2].data = mask_f16.get();
         } else {
             ops[2].data = (void *) mask.data;
@@ -284,8 +298,8 @@ void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * o
             d.p.has_transform    = side.has_transform;
             d.p.codes            = side.data + s * side.stream_stride;
             d.p.codes_row_stride = side.row_stride;
-            d.p.x_row_stride     = side.D * sizeof(half);
-            d.p.x_head_stride    = n_cols * side.D * sizeof(half);
+            d.p.x_row_stride     = ops[i].nb[1];
+            d.p.x_head_stride    = ops[i].nb[2];
             d.codes_head_stride  = side.head_stride;
             d.x_f16              = (uint16_t *) dst;
             d.row_source         = merge ? row_source.get() : nullptr;

@@ -7,4 +7,4 @@
 
 // `p` is what ggml_pq_attn_params makes of op, a FLASH_ATTN_EXT.
 bool ggml_cuda_pq_prefill_supported(int device, const ggml_tensor * op, const pq_attn_params & p);
-void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p);
+void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, bool settled);

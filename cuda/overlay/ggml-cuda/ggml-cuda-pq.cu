@@ -1,6 +1,7 @@
 #include "ggml-cuda-pq.h"
 
 #include "ggml-cuda-pq-prefill.h"
+#include "ggml-cuda/mmvq.cuh"
 #include "ggml-pq-params.h"
 #include "pq-cuda.h"
 
@@ -9,6 +10,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 static pq_cuda_device_props device_props(int device) {
@@ -36,17 +38,20 @@ static const char * coded_path_unsupported(const ggml_tensor * op, int device, p
     return pq_cuda_attn_unsupported(p, device_props(device));
 }
 
-// Counters of the attention kernels: zero between launches. A context launches them one after the other, in one stream. They grow to what was
+// What the kernels of a context keep between launches. It launches them one after the other, in one stream.
+enum kept { KEPT_COUNTERS, KEPT_Q8_1 };
+
+// Counters of the attention kernels (zero between launches), or room for a result in q8_1, which the next product reads. They grow to what was
 // needed most, while a graph may still hold the smaller ones: those live as long.
-static void * get_counters(const ggml_backend_cuda_context & ctx, size_t n_bytes) {
+static void * get_kept(const ggml_backend_cuda_context & ctx, kept what, size_t n_bytes) {
     struct block {
         void * data = nullptr;
         size_t size = 0;
     };
     static std::mutex mutex;
-    static std::map<std::pair<const ggml_backend_cuda_context *, int>, block> blocks;
+    static std::map<std::tuple<const ggml_backend_cuda_context *, int, kept>, block> blocks;
     const std::lock_guard<std::mutex> lock(mutex);
-    block & b = blocks[{ &ctx, ctx.device }];
+    block & b = blocks[{ &ctx, ctx.device, what }];
     if (b.size < n_bytes) {
         b.size = GGML_PAD(std::max<size_t>(n_bytes, 4096), 4096) * 2;
         // not ordered with the stream: a stream that records a graph would only record them
@@ -75,7 +80,7 @@ static void attn_coded(ggml_backend_cuda_context & ctx, const pq_attn_params & p
         }
         const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(part, device_props(ctx.device));
         ggml_cuda_pool_alloc<char> scratch(ctx.pool(), std::max<size_t>(plan.scratch_bytes, 1));
-        CUDA_CHECK(pq_cuda_attn(part, plan, scratch.get(), get_counters(ctx, plan.counter_bytes), ctx.stream()));
+        CUDA_CHECK(pq_cuda_attn(part, plan, scratch.get(), get_kept(ctx, KEPT_COUNTERS, plan.counter_bytes), ctx.stream()));
     }
 }
 
@@ -176,92 +181,40 @@ bool ggml_cuda_pq_supports_op(int device, const ggml_tensor * op) {
     return false;
 }
 
-// ---- codes off the critical path ----
-//
-// No step reads the codes of the rows it writes: they are in the tail, which attention reads instead. So in prefill only the write
-// to the tail is on the way of the step, and the codes are made from there on a stream of their own, beside attention
-// and the feed-forward part of the layer. The next layer's write waits for them, and the last layer's stay on the main stream,
-// so that nothing is left to wait for at the end of the graph (a CUDA graph must join what it forked). The last layer is the last
-// one with the same indices: memory of an input is used for other tensors once the graph has no more reader of it.
-// Attention without a tail reads all codes, and waits for them.
-// A step of a few tokens encodes in order: there the launch of one more kernel costs more than it hides (measured on an
-// H200, 7B geometry: 318 tokens/s in order, 308 beside; prefill of 2048: 8841 and 9123).
-
-struct side_stream {
-    cudaEvent_t rows_written;
-    cudaEvent_t codes_written;
-    bool        busy = false; // codes_written has yet to be waited for
-
-    side_stream() {
-        CUDA_CHECK(cudaEventCreateWithFlags(&rows_written,  cudaEventDisableTiming));
-        CUDA_CHECK(cudaEventCreateWithFlags(&codes_written, cudaEventDisableTiming));
-    }
-};
-
-static constexpr int SIDE_STREAM_MIN_ROWS = 33; // from here on the encoder works in tiles, which take far longer than a launch
-static constexpr int SIDE_STREAM          = GGML_CUDA_MAX_STREAMS - 1; // the backend takes its concurrent streams from the other end
-
-// One per backend context and device; contexts are few, and live as long as the program's.
-static side_stream & get_side_stream(const ggml_backend_cuda_context & ctx) {
-    static std::mutex mutex;
-    static std::map<std::pair<const ggml_backend_cuda_context *, int>, side_stream> streams;
-    const std::lock_guard<std::mutex> lock(mutex);
-    return streams[{ &ctx, ctx.device }];
-}
-
-static bool writes_codes(const ggml_tensor * t) {
-    return t->op == GGML_OP_SET_ROWS && ggml_is_pq(t->type) && (t->flags & GGML_TENSOR_FLAG_COMPUTE);
-}
-
-// Whether a node after i writes codes and keeps the indices of `op`, and thereby what its encoder reads, alive until then
-static bool more_codes_follow(const ggml_cgraph * cgraph, int i, const ggml_tensor * op) {
-    for (int j = i + 1; j < cgraph->n_nodes; j++) {
-        const ggml_tensor * t = cgraph->nodes[j];
-        if (writes_codes(t) && t->src[1] == op->src[1] && t->src[GGML_PQ_SRC_SET_ROWS_TAIL_IDX] == op->src[GGML_PQ_SRC_SET_ROWS_TAIL_IDX]) {
-            return true;
-        }
-    }
-    return false;
-}
-
-static void wait_for_codes(ggml_backend_cuda_context & ctx) {
-    side_stream & side = get_side_stream(ctx);
-    if (side.busy) {
-        CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), side.codes_written));
-        side.busy = false;
-    }
-}
-
-static void encode_step(ggml_backend_cuda_context & ctx, pq_encode_params (&p)[2], bool more_follow) {
-    wait_for_codes(ctx);
-    if (!p[0].tail || !p[1].tail || p[0].n_rows < SIDE_STREAM_MIN_ROWS || !more_follow) {
-        CUDA_CHECK(pq_cuda_encode(p, 2, ctx.stream()));
-        return;
-    }
-    side_stream & side = get_side_stream(ctx);
-    CUDA_CHECK(pq_cuda_write_tail(p, 2, ctx.stream()));
-    for (auto & s : p) {
-        s.x             = s.tail;
-        s.x_f16         = 1;
-        s.x_row_stride  = s.tail_row_stride;
-        s.x_head_stride = s.D * sizeof(half);
-        s.x_idx         = s.tail_idx;
-        s.tail          = nullptr;
-    }
-    cudaStream_t stream = ctx.stream(ctx.device, SIDE_STREAM);
-    CUDA_CHECK(cudaEventRecord(side.rows_written, ctx.stream()));
-    CUDA_CHECK(cudaStreamWaitEvent(stream, side.rows_written));
-    CUDA_CHECK(pq_cuda_encode(p, 2, stream));
-    CUDA_CHECK(cudaEventRecord(side.codes_written, stream));
-    side.busy = true;
-}
-
 // Ropes that were passed over, for the step that reads them to do (see the end of this file)
 static std::set<const ggml_tensor *> & deferred_ropes(const ggml_backend_cuda_context & ctx) {
     static std::mutex mutex;
     static std::map<const ggml_backend_cuda_context *, std::set<const ggml_tensor *>> ropes;
     const std::lock_guard<std::mutex> lock(mutex);
     return ropes[&ctx];
+}
+
+static const ggml_tensor * storage_of(const ggml_tensor * t) {
+    return t && t->view_src ? t->view_src : t; // a view's source is never a view
+}
+
+static bool is_input(const ggml_tensor * t) {
+    return t && storage_of(t)->op == GGML_OP_NONE;
+}
+
+// Whether masks were complete, and what earlier graphs wrote, before the kernel ahead began: those that are inputs are copied to the device before the graph, and
+// such a copy waits for all kernels before it.
+static bool masks_settled(const ggml_tensor * op) {
+    const ggml_tensor * tail_mask = op->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK];
+    return is_input(op->src[3]) && (!tail_mask || is_input(tail_mask));
+}
+
+// The result of a step that was also made in q8_1
+struct q8_1_result {
+    const ggml_tensor * op   = nullptr;
+    const void        * data = nullptr;
+};
+
+static q8_1_result & last_q8_1(const ggml_backend_cuda_context & ctx) {
+    static std::mutex mutex;
+    static std::map<const ggml_backend_cuda_context *, q8_1_result> results;
+    const std::lock_guard<std::mutex> lock(mutex);
+    return results[&ctx];
 }
 
 bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor * op) {
@@ -273,20 +226,17 @@ bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor *
     }
     ggml_cuda_set_device(ctx.device);
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+        last_q8_1(ctx) = {};
         pq_attn_params p;
         const char * why = ggml_pq_attn_params(op, p);
         GGML_ASSERT(!why);
-        if (p.tail.n == 0) {
-            wait_for_codes(ctx);
-        }
         switch (choose_attn_path(ctx.device, op, p, &why)) {
             case ATTN_CODED: attn_coded(ctx, p);   break;
-            case ATTN_F16:   ggml_cuda_pq_prefill(ctx, op, p); break;
+            case ATTN_F16:   ggml_cuda_pq_prefill(ctx, op, p, masks_settled(op)); break;
             case ATTN_NONE:  GGML_ABORT("FLASH_ATTN_EXT on PQ cache codes: %s", why);
         }
         return true;
     }
-    wait_for_codes(ctx);
     if (op->type == op->src[0]->type) {
         copy_bytes(op->src[0], op, ctx.stream());
     } else if (ggml_is_pq(op->type)) {
@@ -319,22 +269,16 @@ static int next_node(const ggml_cgraph * cgraph, int i) {
     return i;
 }
 
-static const ggml_tensor * storage_of(const ggml_tensor * t) {
-    return t && t->view_src ? t->view_src : t; // a view's source is never a view
-}
-
-static bool is_input(const ggml_tensor * t) {
-    return t && storage_of(t)->op == GGML_OP_NONE;
-}
-
 // What one launch can do, all of it nodes of a graph: K and V are written, then attended to.
 struct fused_step {
     int               i_attn;
+    const ggml_tensor * op;   // node i_attn
     pq_encode_params  rows[2];
     pq_attn_params    p;
     pq_cuda_attn_plan plan;
     bool              settled;
     const ggml_tensor * ropes[2]; // that make the queries and the rows of K, and could be done here; or NULL
+    bool              q8_1;     // the result goes to a product that takes it so
 };
 
 // Whether no node after i, up to the last one, writes where t lies.
@@ -375,6 +319,25 @@ static int find_node(const ggml_cgraph * cgraph, const ggml_tensor * t, int befo
     return -1;
 }
 
+// `t`, or what it is a reshape of
+static const ggml_tensor * without_reshapes(const ggml_tensor * t) {
+    while (t->op == GGML_OP_RESHAPE) {
+        t = t->src[0];
+    }
+    return t;
+}
+
+// Whether the node after i_attn is a product of a quantized matrix with the result of attention, all of it, of few enough tokens for ggml_cuda_mul_mat_vec_q.
+static bool product_takes_q8_1(const ggml_cgraph * cgraph, int i_attn) {
+    const ggml_tensor * op = cgraph->nodes[i_attn];
+    const int i = next_node(cgraph, i_attn);
+    if (i >= cgraph->n_nodes || cgraph->nodes[i]->op != GGML_OP_MUL_MAT) {
+        return false;
+    }
+    const ggml_tensor * w = cgraph->nodes[i]->src[0], * x = cgraph->nodes[i]->src[1];
+    return ggml_is_quantized(w->type) && without_reshapes(x) == op && ggml_is_contiguous(op) && x->ne[0] % MATRIX_ROW_PADDING == 0 && ggml_nrows(x) <= MMVQ_MAX_BATCH_SIZE;
+}
+
 // Whether nodes i, j and the one after them are such a step.
 static bool get_step(const ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i, int j, fused_step & s) {
     const ggml_tensor * const writes[2] = { cgraph->nodes[i], cgraph->nodes[j] };
@@ -397,13 +360,13 @@ static bool get_step(const ggml_backend_cuda_context & ctx, const ggml_cgraph * 
             }
         }
     }
+    s.op   = op;
+    s.q8_1 = product_takes_q8_1(cgraph, s.i_attn);
     s.plan = pq_cuda_attn_make_plan(s.p, device_props(ctx.device));
     if (pq_cuda_step_unsupported(s.p, s.plan, s.rows)) {
         return false;
     }
-    // Masks that are inputs are copied to the device before the graph, and such a copy waits for all kernels before it: what earlier graphs
-    // wrote, codes and tail, is complete too. This graph writes no other rows of this cache.
-    s.settled = is_input(op->src[3]) && is_input(op->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK]);
+    s.settled = masks_settled(op); // codes and tail, too: this graph writes no other rows of this cache
 
     const int64_t n_tokens = s.p.n_q * s.p.n_stream;
     s.ropes[0] = s.ropes[1] = nullptr;
@@ -448,6 +411,12 @@ static pq_cuda_rope get_rope(const ggml_tensor * op) {
     return r;
 }
 
+const void * ggml_cuda_pq_get_q8_1(const ggml_backend_cuda_context & ctx, const ggml_tensor * src1) {
+    const q8_1_result & r = last_q8_1(ctx);
+    // rows of whole blocks, without padding: where they begin does not matter
+    return r.op && without_reshapes(src1) == r.op && src1->ne[0] % MATRIX_ROW_PADDING == 0 ? r.data : nullptr;
+}
+
 static void run_step(ggml_backend_cuda_context & ctx, const fused_step & s) {
     pq_attn_params   p    = s.p;
     pq_encode_params rows[2] = { s.rows[0], s.rows[1] };
@@ -466,9 +435,14 @@ static void run_step(ggml_backend_cuda_context & ctx, const fused_step & s) {
         rows[0].x = s.ropes[1]->src[0]->data;
     }
     ggml_cuda_set_device(ctx.device);
-    wait_for_codes(ctx);
+    void * q8_1 = s.q8_1 ? get_kept(ctx, KEPT_Q8_1, ggml_row_size(GGML_TYPE_Q8_1, ggml_nelements(s.op))) : nullptr;
+    last_q8_1(ctx) = { q8_1 ? s.op : nullptr, q8_1 };
     ggml_cuda_pool_alloc<char> scratch(ctx.pool(), std::max<size_t>(s.plan.scratch_bytes, 1));
-    CUDA_CHECK(pq_cuda_step(p, s.plan, rows, rope.q || rope.k ? &rope : nullptr, s.settled, scratch.get(), get_counters(ctx, s.plan.counter_bytes), ctx.stream()));
+    CUDA_CHECK(pq_cuda_step(p, s.plan, rows, rope.q || rope.k ? &rope : nullptr, s.settled, (uint8_t *) q8_1, scratch.get(), get_kept(ctx, KEPT_COUNTERS, s.plan.counter_bytes), ctx.stream()));
+}
+
+static bool writes_codes(const ggml_tensor * t) {
+    return t->op == GGML_OP_SET_ROWS && ggml_is_pq(t->type) && (t->flags & GGML_TENSOR_FLAG_COMPUTE);
 }
 
 // The writes of K and V that follow node i of a layer, itself included.
@@ -546,6 +520,43 @@ int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * c
     if (ggml_pq_encode_params(first, p[0]) || ggml_pq_encode_params(second, p[1]) || p[0].n_rows != p[1].n_rows) {
         return 0;
     }
-    encode_step(ctx, p, more_codes_follow(cgraph, v, first) && more_codes_follow(cgraph, v, second));
+    ggml_cuda_set_device(ctx.device);
+    CUDA_CHECK(pq_cuda_encode(p, 2, ctx.stream()));
     return v - i;
+}
+
+// ---- L2 ----
+
+void ggml_cuda_pq_pass_through_l2(ggml_backend_cuda_context & ctx, const ggml_tensor * a, const ggml_tensor * b) {
+    struct sizes {
+        int window = 0; // largest that a stream can have an access policy for; 0: it can't
+        int l2     = 0;
+    };
+    static const std::vector<sizes> devices = [] {
+        std::vector<sizes> all(ggml_backend_cuda_get_device_count());
+        for (int i = 0; i < (int) all.size(); i++) {
+            CUDA_CHECK(cudaDeviceGetAttribute(&all[i].window, cudaDevAttrMaxAccessPolicyWindowSize, i));
+            CUDA_CHECK(cudaDeviceGetAttribute(&all[i].l2, cudaDevAttrL2CacheSize, i));
+        }
+        return all;
+    }();
+    const sizes & device = devices[ctx.device];
+    if (device.window <= 0 || ggml_backend_buffer_get_size(a->buffer) < 2 * (size_t) device.l2) {
+        return; // weights that L2 can hold from one token to the next should stay there
+    }
+    const char * begin = (const char *) a->data, * end = begin + ggml_nbytes(a);
+    if (b) {
+        const char * first = std::min(begin, (const char *) b->data), * last = std::max(end, (const char *) b->data + ggml_nbytes(b));
+        if (last - first <= device.window) {
+            begin = first;
+            end   = last;
+        }
+    }
+    cudaStreamAttrValue value = {};
+    value.accessPolicyWindow.base_ptr  = const_cast<char *>(begin);
+    value.accessPolicyWindow.num_bytes = std::min<size_t>(end - begin, device.window);
+    value.accessPolicyWindow.hitRatio  = 1.0f;
+    value.accessPolicyWindow.hitProp   = cudaAccessPropertyStreaming;
+    value.accessPolicyWindow.missProp  = cudaAccessPropertyNormal;
+    CUDA_CHECK(cudaStreamSetAttribute(ctx.stream(), cudaStreamAttributeAccessPolicyWindow, &value));
 }

@@ -18,3 +18,10 @@ void ggml_cuda_pq_add_alloc_deps(ggml_cgraph * cgraph, ggml_backend_graph_optimi
 // Does in one launch what node i and those after it ask for: the writes of K and V of a layer, for a few tokens their attention, too, and the
 // rotary embedding of K and queries, which comes earlier. Returns the number of nodes after i that are thereby done; 0: nothing was done.
 int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);
+
+// The rows of `src1` as blocks of block_q8_1, when it is the result of such a launch and they came with it; otherwise NULL.
+const void * ggml_cuda_pq_get_q8_1(const ggml_backend_cuda_context & ctx, const ggml_tensor * src1);
+
+// For a product that reads matrices once: lets them leave L2 first. They would otherwise drive out what the next kernels begin with: their code, activations, codebooks.
+// b: a second matrix of the same product; NULL: none
+void ggml_cuda_pq_pass_through_l2(ggml_backend_cuda_context & ctx, const ggml_tensor * a, const ggml_tensor * b);

@@ -1,0 +1,217 @@
+// Encode a few rows inside the attention kernel of the same step, D = 128: groups of 128 threads take unit after unit, a unit being a strip of
+// one head and up to 8 rows. A unit waits for memory longer than it computes, so what the next one needs is asked for as soon as this one is done with
+// its own, and the unit after that is brought to L2.
+//
+// Codes are those of pq_encode_few, bit for bit. Rows are f32 at multiples of 16 bytes, and the tail is not written here: attention has done it.
+#pragma once
+
+#include "pq-attn-kernel.cuh" // small_divisor
+#include "pq-encode-few-kernel.cuh"
+#include "pq-rope.cuh"
+
+namespace {
+
+using pq_attn::small_divisor;
+
+constexpr int PQ_ENCODE_UNIT_D   = 128;
+constexpr int PQ_ENCODE_N_STRIPS = PQ_ENCODE_UNIT_D / PQ_ENCODE_STRIP;
+
+// The loop over units is kept within the first instruction cache (12 KB): so it is not unrolled where that does not pay, divides by multiplying, and has
+// its parameters in shared memory.
+struct alignas(16) pq_encode_group_smem {
+    pq_encode_sides sides;
+    float2  turns[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_UNIT_D / 2]; // of the rows from turned_row0 on
+    uint4   centroids[PQ_ENCODE_STRIP * PQ_MAX_KSUB / 8]; // f16 [subspaces of the strip][KSUB][DSUB]
+    float   raw[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_UNIT_D];    // of the unit to come
+    float   mu[PQ_ENCODE_UNIT_D];
+    __half  T[PQ_ENCODE_UNIT_D][PQ_ENCODE_STRIP];
+    float   x[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_UNIT_D];   // of this unit: turned, rounded to f16, without the mean
+    float   y[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_STRIP];
+    uint8_t codes[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_STRIP / 2];
+};
+
+// Units are counted strips first, then heads of K, heads of V, rows.
+struct pq_encode_unit {
+    int side, head, col0, row0;
+
+    __device__ __forceinline__ pq_encode_unit(int unit, int n_head, const small_divisor & by_two_n_head) {
+        uint32_t rows = (uint32_t) unit / PQ_ENCODE_N_STRIPS;
+        const int h = by_two_n_head.split(rows);
+        col0 = unit % PQ_ENCODE_N_STRIPS * PQ_ENCODE_STRIP;
+        side = h >= n_head;
+        head = h - side * n_head;
+        row0 = (int) rows * PQ_ENCODE_FEW_ROWS;
+    }
+};
+
+// The groups of a block, as many as there is room for.
+__device__ __forceinline__ int pq_encode_group_thread() {
+    return threadIdx.x % PQ_ENCODE_FEW_THREADS;
+}
+
+__device__ __forceinline__ void pq_encode_group_sync() { // barrier 0 is that of __syncthreads
+    asm volatile("bar.sync %0, %1;" : : "r"(1 + threadIdx.x / PQ_ENCODE_FEW_THREADS), "n"(PQ_ENCODE_FEW_THREADS) : "memory");
+}
+
+// Asks for the codebook's part of a unit that goes to shared memory.
+__device__ __forceinline__ void pq_encode_ask_for_map(pq_encode_group_smem & s, const pq_encode_side & side, const pq_encode_unit & u, int tid) {
+    const pq_encode_head h = pq_encode_get_head(side, u.head);
+    if (h.T) {
+        constexpr int PIECES = PQ_ENCODE_STRIP / 8, ROWS = PQ_ENCODE_FEW_THREADS / PIECES;
+        __half       * to   = &s.T[tid / PIECES][tid % PIECES * 8];
+        const __half * from = h.T + tid / PIECES * PQ_ENCODE_UNIT_D + u.col0 + tid % PIECES * 8;
+#pragma unroll
+        for (int i = 0; i < PQ_ENCODE_UNIT_D / ROWS; i++) {
+            pq_cp_async(to + i * ROWS * PQ_ENCODE_STRIP, from + i * ROWS * PQ_ENCODE_UNIT_D);
+        }
+    }
+    if (tid < PQ_ENCODE_UNIT_D / 4) {
+        pq_cp_async(&s.mu[4 * tid], h.mu + 4 * tid);
+    }
+}
+
+// Asks for the rows of a unit.
+__device__ __forceinline__ void pq_encode_ask_for_rows(pq_encode_group_smem & s, const pq_encode_side & side, const pq_encode_unit & u, int tid) {
+    const int n_rows = min(PQ_ENCODE_FEW_ROWS, (int) side.p.n_rows - u.row0);
+#pragma unroll 1
+    for (int r = tid / PQ_WARP; r < n_rows; r += PQ_ENCODE_FEW_THREADS / PQ_WARP) {
+        pq_cp_async(&s.raw[r][4 * (tid % PQ_WARP)], (const float *) pq_encode_row(side.p, u.row0 + r, u.head) + 4 * (tid % PQ_WARP));
+    }
+}
+
+template <int TYPE>
+__device__ __forceinline__ void pq_encode_ask_for_centroids(pq_encode_group_smem & s, const pq_encode_side & side, const pq_encode_unit & u, int tid) {
+    typedef pq_encode_few_geom<TYPE> G;
+    const uint4 * from = (const uint4 *) (pq_encode_get_head(side, u.head).centroids + u.col0 * G::KSUB);
+#pragma unroll
+    for (int i = tid; i < G::NSUB * G::LANES * G::LOADS; i += PQ_ENCODE_FEW_THREADS) {
+        pq_cp_async(&s.centroids[i], from + i);
+    }
+}
+
+// Brings the codebook's part of a unit to L2.
+template <int TYPE>
+__device__ __forceinline__ void pq_encode_prefetch(const pq_encode_side & side, const pq_encode_unit & u, int tid) {
+    typedef pq_encode_geom<TYPE> G;
+    const pq_encode_head h = pq_encode_get_head(side, u.head);
+    if (h.T) { // a row of the strip is 64 bytes
+        pq_prefetch_l2((const uint8_t *) (h.T + tid * PQ_ENCODE_UNIT_D + u.col0));
+        pq_prefetch_l2((const uint8_t *) (h.T + tid * PQ_ENCODE_UNIT_D + u.col0) + 32);
+    }
+    for (int i = tid * 128; i < PQ_ENCODE_STRIP * G::KSUB * 2; i += PQ_ENCODE_FEW_THREADS * 128) {
+        pq_prefetch_l2((const uint8_t *) (h.centroids + u.col0 * G::KSUB) + i);
+    }
+}
+
+// Before anything else, once.
+__device__ __forceinline__ void pq_encode_group_begin(const pq_encode_sides & sides, pq_encode_group_smem & s) {
+    static_assert(sizeof(pq_encode_sides) <= PQ_ENCODE_FEW_THREADS * sizeof(uint32_t), "a word per thread");
+    const int tid = pq_encode_group_thread();
+    if (tid < (int) (sizeof(pq_encode_sides) / sizeof(uint32_t))) {
+        ((uint32_t *) &s.sides)[tid] = ((const uint32_t *) &sides)[tid];
+    }
+    pq_encode_group_sync();
+}
+
+// Encodes units `unit`, unit + stride, ... below n_units, up to one of the other type, which is returned; n_units or more: there are none left.
+// rope: what is still to be done to rows of K; NULL: nothing
+template <int TYPE>
+__device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, int n_head, const small_divisor & by_two_n_head, int unit,
+                                               int n_units, int stride, pq_encode_group_smem & s) {
+    typedef pq_encode_few_geom<TYPE> G;
+    constexpr int N_BYTES = G::NSUB * G::NBITS / 8; // of a strip; 8 rows of them are no more than threads
+    static_assert(PQ_ENCODE_FEW_ROWS * N_BYTES <= PQ_ENCODE_FEW_THREADS, "a byte per thread");
+    const int tid = pq_encode_group_thread(), sub = tid / G::LANES;
+    auto at = [&](int unit) { return pq_encode_unit(unit, n_head, by_two_n_head); };
+    auto prefetch = [&](int unit) {
+        if (unit < n_units) { // where its side is of another type, this is a part of what will be needed
+            const pq_encode_unit u = at(unit);
+            pq_encode_prefetch<TYPE>(s.sides.side[u.side], u, tid);
+        }
+    };
+    {
+        const pq_encode_unit u = at(unit);
+        pq_encode_ask_for_map(s, s.sides.side[u.side], u, tid);
+        pq_encode_ask_for_centroids<TYPE>(s, s.sides.side[u.side], u, tid);
+        prefetch(unit + stride);
+        pq_pdl_wait();
+        pq_encode_ask_for_rows(s, s.sides.side[u.side], u, tid);
+        pq_copy_commit(); // rows, mean, T; centroids come in the next group of copies, and here there is nothing left for it
+        pq_copy_commit();
+    }
+    const uint4 * centroids = s.centroids + sub * G::LANES * G::LOADS + tid % G::LANES; // the thread's share
+    const bool neox  = rope && rope->neox;
+    const int  pair  = neox ? tid % 64 : tid / 2; // of element tid of a row
+    const int  other = neox ? tid ^ 64 : tid ^ 1;
+    const bool high  = other < tid;
+    int turned_row0 = -1;
+#pragma unroll 1
+    while (true) {
+        const pq_encode_unit u = at(unit);
+        const pq_encode_side & side = s.sides.side[u.side];
+        const int n_rows = min(PQ_ENCODE_FEW_ROWS, (int) side.p.n_rows - u.row0);
+        const int next = unit + stride;
+        prefetch(unit + 2 * stride);
+        const int     code_row = min(tid / N_BYTES, n_rows - 1);
+        const int64_t cell     = side.p.row_idx ? side.p.row_idx[u.row0 + code_row] : u.row0 + code_row; // needed at the end
+        const bool    turned   = rope && u.side == 0;
+        if (turned && turned_row0 != u.row0) {
+            turned_row0 = u.row0;
+#pragma unroll 1
+            for (int i = tid; i < n_rows * 64; i += PQ_ENCODE_FEW_THREADS) {
+                s.turns[i / 64][i % 64] = pq_rope_turn(*rope, rope->pos[u.row0 + i / 64], i % 64);
+            }
+        }
+        pq_copy_wait<1>();
+        pq_encode_group_sync();
+        const float mu = s.mu[tid];
+#pragma unroll 1
+        for (int r = 0; r < n_rows; r++) {
+            float x = s.raw[r][tid];
+            if (turned) {
+                const float2 turn = s.turns[r][pair];
+                const float  y    = s.raw[r][other];
+                x = high ? pq_rope_high(turn, y, x) : pq_rope_low(turn, x, y);
+            }
+            s.x[r][tid] = __fsub_rn(__half2float(__float2half_rn(x)), mu);
+        }
+        pq_encode_group_sync();
+        const bool has_T = side.p.has_transform;
+        // of one row a single warp makes them: not the same one in every group, or all would be one scheduler's
+#pragma unroll 1
+        for (int i = (threadIdx.x - threadIdx.x / PQ_ENCODE_FEW_THREADS * PQ_WARP) % PQ_ENCODE_FEW_THREADS; i < n_rows * PQ_ENCODE_STRIP; i += PQ_ENCODE_FEW_THREADS) {
+            const int r = i / PQ_ENCODE_STRIP, j = i % PQ_ENCODE_STRIP;
+            s.y[r][j] = has_T ? pq_encode_map<2>(s.x[r], s.T, j, PQ_ENCODE_UNIT_D) : s.x[r][u.col0 + j];
+        }
+        pq_copy_wait<0>();
+        pq_encode_group_sync();
+        const pq_encode_unit then = at(min(next, n_units - 1));
+        const bool more = next < n_units && (int) s.sides.side[then.side].p.type == TYPE;
+        if (more) {
+            pq_encode_ask_for_rows(s, s.sides.side[then.side], then, tid);
+            pq_encode_ask_for_map(s, s.sides.side[then.side], then, tid);
+        }
+        pq_copy_commit();
+#pragma unroll 1
+        for (int r = 0; r < n_rows; r++) {
+            const int index = pq_encode_search<TYPE, 2>(s.y[r] + sub * G::DSUB, [&](int i) { return centroids[i * G::LANES]; }, tid);
+            if (tid % G::LANES == 0) {
+                s.codes[r][sub] = (uint8_t) index;
+            }
+        }
+        pq_encode_group_sync();
+        if (more) {
+            pq_encode_ask_for_centroids<TYPE>(s, s.sides.side[then.side], then, tid);
+        }
+        pq_copy_commit();
+        if (tid / N_BYTES < n_rows) {
+            *pq_encode_code_byte<TYPE>(side, cell, u.head, u.col0, tid % N_BYTES) = pq_encode_pack<TYPE>(s.codes[code_row], tid % N_BYTES);
+        }
+        unit = next;
+        if (!more) {
+            return unit;
+        }
+    }
+}
+
+} // namespace
