@@ -34,8 +34,8 @@ _KL = [_RESULTS / "2026-11-26-cpu-ref33m" / "kl.csv"]
 _KL_TEXT = "heldout"
 _KL_TITLE = "ref-33m, held-out text: what a KV cache type costs"
 _SPEED = [
-    (_RESULTS / "2026-11-26-h200" / "7b-decode.json", "Llama-2-7B (32 KV heads)"),
-    (_RESULTS / "2026-11-26-h200" / "8b-decode.json", "Llama-3.1-8B (8 KV heads)"),
+    (_RESULTS / "2026-11-26b-h200" / "7b-decode.json", "Llama-2-7B (32 KV heads)"),
+    (_RESULTS / "2026-11-26b-h200" / "8b-decode.json", "Llama-3.1-8B (8 KV heads)"),
 ]
 _SPEED_TITLE = "Decode speed by depth, models of random weights in Q4_0"
 _TYPES = ("f16", "q8_0", "q4_0", "pq4", "pq3", "pq2")  # one colour each, whatever the order in a file
