@@ -413,8 +413,10 @@ static pq_cuda_rope get_rope(const ggml_tensor * op) {
 
 const void * ggml_cuda_pq_get_q8_1(const ggml_backend_cuda_context & ctx, const ggml_tensor * src1) {
     const q8_1_result & r = last_q8_1(ctx);
-    // rows of whole blocks, without padding: where they begin does not matter
-    return r.op && without_reshapes(src1) == r.op && src1->ne[0] % MATRIX_ROW_PADDING == 0 ? r.data : nullptr;
+    const ggml_tensor * op = without_reshapes(src1);
+    // Another graph may have other nodes at the same addresses, but attention on codes passes through here whenever it is computed. Rows are of whole blocks,
+    // without padding: where they begin does not matter.
+    return op == r.op && op->op == GGML_OP_FLASH_ATTN_EXT && ggml_pq_has_operand(op) && src1->ne[0] % MATRIX_ROW_PADDING == 0 ? r.data : nullptr;
 }
 
 static void run_step(ggml_backend_cuda_context & ctx, const fused_step & s) {
