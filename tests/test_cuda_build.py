@@ -59,7 +59,6 @@ BUDGETS = (
     Budget("pq_decode_kernelILi[0-9]ELi[24]E", threads=256, blocks=2, spills=256),
     Budget("pq_decode_kernelILi[0-9]ELi8E", threads=256, blocks=1),  # y of head size 256 takes half the registers
     Budget("pq_decode_plain_kernel", threads=256, blocks=4),
-    # any mixture of types, and tables of K and V one after the other: for what has no kernel of its own
     Budget("fill_random", threads=256, blocks=4),  # of the benchmark
     Budget("rope_(rows|turns)", threads=64, blocks=8),  # of the tests
     # what is spilled is read again once per tile of 32 cells, among some 850 instructions
@@ -69,6 +68,7 @@ BUDGETS = (
     Budget("attn_128_kernelILi[0-9]ELi[0-9]ELi8E", threads=384, blocks=1, spills=320),
     # unpacking 6-bit codes for four rows at once: its spills are a known cost, to go with the next kernel
     Budget("attn_kernelILi1ELi1ELi32ELi4", threads=384, blocks=1, spills=384),
+    # any mixture of types, and tables of K and V one after the other: for what has no kernel of its own
     Budget("attn_kernelILin1", threads=256, blocks=1, spills=1024),
     Budget("attn_kernel", threads=256, blocks=1, spills=160),
     Budget("combine", threads=256, blocks=2),

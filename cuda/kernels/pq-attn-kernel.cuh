@@ -101,7 +101,7 @@ struct args {
     float   cap_inv;         // 1 / logit_softcap
     float   cap_log2e;       // logit_softcap times log2(e)
     float * partials;        // [n_stream][n_head_kv][n_rows][n_split] records
-    int32_t record_floats;   // {m, weight of the coded part, weight of the tail, 0}, coded sum [D], tail sum [D]
+    int32_t record_floats;   // {m, weight of the coded part, weight of the tail, 0}, coded sum [D], tail sum [D]; those of attn_128_kernel are shorter
     uint32_t smem_scores, smem_rows, smem_q, smem_qt, smem_list, smem_bits, smem_merge_ml, smem_tail, smem_tail_part; // byte offsets
 };
 

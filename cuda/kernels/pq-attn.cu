@@ -198,7 +198,8 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
         plan.scratch_bytes = plan.n_split == 1 ? 0 : (size_t) p.n_stream * p.n_head_kv * n_rows * plan.n_split * RECORD_128 * sizeof(float);
         const size_t per_warp = (size_t) R * 128 * sizeof(float);
         const size_t room     = device.smem_optin - get_smem_layout_128(p, R, 0).bytes;
-        plan.n_tail_warps = (int32_t) std::min<int64_t>({ plan.n_threads / PQ_WARP, div_up(plan.slots_per_split, TAIL_STEP), (int64_t) (room / per_warp) });
+        // one warp fits, or another kernel would have been chosen
+        plan.n_tail_warps = (int32_t) std::min<int64_t>({ plan.n_threads / PQ_WARP, div_up(plan.slots_per_split, TAIL_STEP), std::max<int64_t>(1, (int64_t) (room / per_warp)) });
         plan.smem_bytes   = get_smem_layout_128(p, R, plan.n_tail_warps).bytes;
         return plan;
     }

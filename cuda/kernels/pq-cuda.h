@@ -77,7 +77,7 @@ const char * pq_cuda_step_unsupported(const pq_attn_params & p, const pq_cuda_at
 // A whole step in one launch: what pq_cuda_encode(new_rows, 2) and then pq_cuda_attn do, for new rows (K and V of the same tokens) that all
 // have a slot in the exact tail that attention reads. `rope` (NULL: none) is applied to queries and rows on the way; there is one new row per query token
 // then. `settled`: masks, positions, and all codes and tail rows but those of the new rows, were complete before the kernel ahead in the stream
-// began. They are then read while that one may still run. `dst_q8` (NULL: not wanted): the result once more, as a product with integers takes it, blocks of
+// began, frequency factors too. They are then read while that one may still run. `dst_q8` (NULL: not wanted): the result once more, as a product with integers takes it, blocks of
 // 32 elements (ggml's block_q8_1: f16 scale, f16 sum of the elements, int8 [32]); dst must be contiguous then.
 cudaError_t pq_cuda_step(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, const pq_cuda_rope * rope,
                          bool settled, uint8_t * dst_q8, void * scratch, void * counters, cudaStream_t stream);

@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS, U <= 4 ? 2 : 1) pq_decode_k
         if (coded == 0) {
             continue;
         }
-        if (row0 + step + lane < n_rows) { // the codes of the next tile are on their way while this one is computed
+        if (pq_decode_row_source(s, row0 + step + lane) == PQ_ROW_CODES) { // the codes of the next tile are on their way while this one is computed
             const uint8_t * next = s.p.codes + head * s.codes_head_stride + (int64_t) (row0 + step + lane) * s.p.codes_row_stride;
 #pragma unroll
             for (int i = 0; i < 4 * U * pq_decode_geom<TYPE>::UNIT_BYTES; i += 32) {

@@ -124,8 +124,8 @@ __device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, int n_
     const int tid = pq_encode_group_thread(), sub = tid / G::LANES;
     auto at = [&](int unit) { return pq_encode_unit(unit, n_head, by_two_n_head); };
     auto prefetch = [&](int unit) {
-        if (unit < n_units) { // where its side is of another type, this is a part of what will be needed
-            const pq_encode_unit u = at(unit);
+        const pq_encode_unit u = at(min(unit, n_units - 1));
+        if (unit < n_units && (int) s.sides.side[u.side].p.type == TYPE) {
             pq_encode_prefetch<TYPE>(s.sides.side[u.side], u, tid);
         }
     };

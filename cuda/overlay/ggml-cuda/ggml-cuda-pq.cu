@@ -197,8 +197,8 @@ static bool is_input(const ggml_tensor * t) {
     return t && storage_of(t)->op == GGML_OP_NONE;
 }
 
-// Whether masks were complete, and what earlier graphs wrote, before the kernel ahead began: those that are inputs are copied to the device before the graph, and
-// such a copy waits for all kernels before it.
+// Whether masks were complete, and what earlier graphs wrote, before the kernel ahead began. Those that are inputs are copied to the device before the graph
+// begins, and kernels start early only after one that lets them: products with weights, which every layer has before its attention, do so at their end.
 static bool masks_settled(const ggml_tensor * op) {
     const ggml_tensor * tail_mask = op->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK];
     return is_input(op->src[3]) && (!tail_mask || is_input(tail_mask));
@@ -375,12 +375,12 @@ static bool get_step(const ggml_backend_cuda_context & ctx, const ggml_cgraph * 
         return true;
     }
     if (q->op == GGML_OP_ROPE && q->data == s.p.q && q->nb[1] == s.p.q_head_stride && q->nb[2] == s.p.q_token_stride && q->ne[2] == n_tokens &&
-        (s.p.n_stream == 1 || s.p.q_stream_stride == s.p.n_q * q->nb[2]) && is_input(q->src[1])) {
+        (s.p.n_stream == 1 || s.p.q_stream_stride == s.p.n_q * q->nb[2]) && is_input(q->src[1]) && (!q->src[2] || is_input(q->src[2]))) {
         const int i_rope = find_node(cgraph, q, i);
         s.ropes[0] = i_rope >= 0 && can_defer_rope(cgraph, i_rope, s.i_attn, s.i_attn) ? q : nullptr;
     }
     if (k->op == GGML_OP_ROPE && k->data == s.rows[0].x && k->nb[1] == s.rows[0].x_head_stride && k->nb[2] == s.rows[0].x_row_stride && k->ne[2] == n_tokens &&
-        is_input(k->src[1])) {
+        is_input(k->src[1]) && (!k->src[2] || is_input(k->src[2]))) {
         const int i_rope = find_node(cgraph, k, i);
         s.ropes[1] = i_rope >= 0 && can_defer_rope(cgraph, i_rope, i, s.i_attn) ? k : nullptr;
     }
@@ -537,14 +537,17 @@ void ggml_cuda_pq_pass_through_l2(ggml_backend_cuda_context & ctx, const ggml_te
     static const std::vector<sizes> devices = [] {
         std::vector<sizes> all(ggml_backend_cuda_get_device_count());
         for (int i = 0; i < (int) all.size(); i++) {
-            CUDA_CHECK(cudaDeviceGetAttribute(&all[i].window, cudaDevAttrMaxAccessPolicyWindowSize, i));
-            CUDA_CHECK(cudaDeviceGetAttribute(&all[i].l2, cudaDevAttrL2CacheSize, i));
+            const int device = ggml_cuda_info().devices[i].physical_device;
+            CUDA_CHECK(cudaDeviceGetAttribute(&all[i].window, cudaDevAttrMaxAccessPolicyWindowSize, device));
+            CUDA_CHECK(cudaDeviceGetAttribute(&all[i].l2, cudaDevAttrL2CacheSize, device));
         }
         return all;
     }();
     const sizes & device = devices[ctx.device];
-    if (device.window <= 0 || ggml_backend_buffer_get_size(a->buffer) < 2 * (size_t) device.l2) {
-        return; // weights that L2 can hold from one token to the next should stay there
+    // Weights that L2 can hold from one token to the next should stay there, and so should what a product reads more than once: experts, a part of a cache.
+    if (device.window <= 0 || ggml_backend_buffer_get_usage(a->buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS || ggml_nrows(a) != a->ne[1] ||
+        ggml_backend_buffer_get_size(a->buffer) < 2 * (size_t) device.l2) {
+        return;
     }
     const char * begin = (const char *) a->data, * end = begin + ggml_nbytes(a);
     if (b) {
@@ -560,5 +563,8 @@ void ggml_cuda_pq_pass_through_l2(ggml_backend_cuda_context & ctx, const ggml_te
     value.accessPolicyWindow.hitRatio  = 1.0f;
     value.accessPolicyWindow.hitProp   = cudaAccessPropertyStreaming;
     value.accessPolicyWindow.missProp  = cudaAccessPropertyNormal;
-    CUDA_CHECK(cudaStreamSetAttribute(ctx.stream(), cudaStreamAttributeAccessPolicyWindow, &value));
+    // It holds for the stream until the next one is set: other kernels do not read these addresses.
+    if (cudaStreamSetAttribute(ctx.stream(), cudaStreamAttributeAccessPolicyWindow, &value) != cudaSuccess) {
+        (void) cudaGetLastError(); // only a hint
+    }
 }
