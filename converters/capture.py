@@ -74,6 +74,23 @@ class Capture:
             raise NativeError(f"blk.{layer}: {written} of {n} captured rows could be read")
         return out
 
+    def weights(self, layer: int) -> npt.NDArray[np.float32]:
+        """Weights of the queries that ``rows`` returns: f32 ``[n, n_head, 2]``, what errors of their scores do to their outputs.
+
+        Of keys that an exact tail of 128 does not hold, and of all keys (million_capture_weights has the formula).
+        Raises NativeError when the layer has no queries.
+        """
+        shape = self.shape(layer, Q)
+        if shape is None:
+            raise NativeError(f"blk.{layer}: no queries were captured")
+        n = int(self._lib.million_capture_n_rows(self._handle, layer, Q))
+        out = np.empty((n, shape[0], 2), dtype=np.float32)
+        pointer = out.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        written = int(self._lib.million_capture_weights(self._handle, layer, pointer, n))
+        if written != n:
+            raise NativeError(f"blk.{layer}: {written} of {n} weights of queries could be read")
+        return out
+
     def close(self) -> None:
         """Free the rows. A second call does nothing."""
         if self._handle:

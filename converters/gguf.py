@@ -372,7 +372,7 @@ def _query_metric(rows: Capture, shape: container.ModelShape, layer: int) -> npt
 
     if rows.shape(layer, Q) != (shape.n_head[layer], shape.D_k[layer]):
         return None
-    return transform.query_metric(rows.rows(layer, Q), shape.n_head_kv[layer])
+    return transform.query_metric(rows.rows(layer, Q), shape.n_head_kv[layer], rows.weights(layer))
 
 
 def _output_metric(

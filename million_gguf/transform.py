@@ -3,7 +3,8 @@
 An error ``e`` in a cached row does not cost ``|e|^2``. In a K row it moves the scores of the queries that meet it, by
 ``q.e``; in a V row it moves what leaves the attention block, by ``e W_o``. Both costs are quadratic, ``e C e^T``, with
 
-* K: C = E[q^T q], the second moment of the queries of the KV head's group,
+* K: C = E[q^T q], the second moment of the queries of the KV head's group; where a head looks beyond the exact tail, those
+  queries that do so weigh more,
 * V: C = sum over the group's query heads of ``W_o W_o^T``, the part of the output projection that the head feeds.
 
 With A = C^(1/2), errors of ``x A`` cost the same in every direction. There the rows are turned into their principal axes
@@ -27,6 +28,10 @@ F64 = npt.NDArray[np.float64]
 # Share of the mean cost that is added to every direction of a metric. Directions that no calibration query looked into
 # may still meet one later, and the inverse must fit f16. Between 1e-5 and 1e-3 it makes no difference that shows.
 _RIDGE = 1e-4
+
+# How much more far keys, which are read as codes, count than those that an exact tail holds when there is one. Text of another
+# kind gains up to here (docs/calibration.md); with far keys alone, pq4 without a tail loses 16 %.
+_FAR = 16.0
 
 # The stored map is refused above 1e6 (container.py); this leaves a factor of ten for the rounding to f16.
 _MAX_CONDITION = 1e5
@@ -62,19 +67,38 @@ class Basis:
         return T
 
 
-def query_metric(queries: npt.NDArray[np.floating], n_head_kv: int) -> F64:
+def query_metric(
+    queries: npt.NDArray[np.floating], n_head_kv: int, weights: npt.NDArray[np.floating] | None = None
+) -> F64:
     """Cost of errors in K: f64 ``[n_head_kv, D, D]`` from queries ``[n, n_head, D]``, as attention meets them (after rope).
 
-    Raises MismatchError when the heads do not divide into groups, InputError when there are none or they are not finite.
+    Args:
+        weights: ``[n, n_head, 2]``, what errors of a query's scores cost beside an exact tail, and without one; None: all
+            the same.
+
+    Raises MismatchError when the heads do not divide into groups or there are not as many weights, InputError when there
+    are no queries or they are not finite.
     """
     n, n_head, D = queries.shape
     if n < 1 or n_head % n_head_kv:
         raise MismatchError(f"queries are [{n}, {n_head}, {D}], need at least one and a multiple of {n_head_kv} heads")
+    if weights is not None and weights.shape != (n, n_head, 2):
+        raise MismatchError(f"weights are {list(weights.shape)}, need [{n}, {n_head}, 2]")
     group = n_head // n_head_kv
     metric = np.empty((n_head_kv, D, D))
     for h in range(n_head_kv):
-        q = queries[:, h * group : (h + 1) * group].reshape(-1, D).astype(np.float64)
+        heads = slice(h * group, (h + 1) * group)
+        q = queries[:, heads].reshape(-1, D).astype(np.float64)
         metric[h] = q.T @ q / q.shape[0]
+        if weights is None:
+            continue
+        w = weights[:, heads, 0].reshape(-1).astype(np.float64)
+        far, all_keys = w.sum(), weights[:, heads, 1].sum(dtype=np.float64)
+        if far > 0.0:
+            # Near keys cost nothing beside a tail, but do without one. So far ones count in heads that look at them.
+            share = _FAR * far / (_FAR * far + all_keys)
+            of_far = (q * w[:, None]).T @ q / far
+            metric[h] = (1.0 - share) * metric[h] + share * np.trace(metric[h]) / np.trace(of_far) * of_far
     if not np.isfinite(metric).all():
         raise InputError(
             "found queries with NaN or infinity, need finite ones: check that the model runs well without PQ"

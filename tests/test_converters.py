@@ -298,6 +298,34 @@ def test_captured_rows_are_those_of_the_model(plain_gguf: Path) -> None:
             rows.rows(rows.n_layer, K)
 
 
+@pytest.mark.native
+def test_weights_of_queries_are_what_far_keys_do_to_outputs(plain_gguf: Path) -> None:
+    """The sum of p^2 |v - o|^2 over all but the last 128 keys, recomputed with NumPy from the rows, which are all kept."""
+    from million_gguf.converters.capture import K, Q, V, capture
+
+    n_ctx, n_context, n_near = 512, 2, 128
+    shape = container.model_shape(plain_gguf)
+    text = load_text(None, 4096).text
+    with capture(plain_gguf, text, shape, n_tokens=n_context * n_ctx, n_ctx=n_ctx, progress=False) as captured:
+        for layer in range(shape.block_count):
+            k, v, q = (captured.rows.rows(layer, kind).astype(np.float64) for kind in (K, V, Q))
+            weights = captured.rows.weights(layer)
+            assert weights.shape[:2] == q.shape[:2] == (n_context * n_ctx // 4, shape.n_head[layer])
+            group = q.shape[1] // k.shape[1]
+            for i in range(0, len(q), 7):
+                start, position = 4 * i // n_ctx * n_ctx, 4 * i % n_ctx  # a query of four is kept
+                for h in range(q.shape[1]):
+                    keys = k[start : start + position + 1, h // group]
+                    values = v[start : start + position + 1, h // group]
+                    p = np.exp(keys @ q[i, h] / np.sqrt(q.shape[2]))
+                    p /= p.sum()
+                    cost = p**2 * np.square(values - p @ values).sum(axis=1)
+                    far = cost[: max(0, position + 1 - n_near)].sum()
+                    # where v and o are nearly the same, digits cancel
+                    small = 1e-4 * np.square(values).sum(axis=1).max()
+                    assert weights[i, h] == pytest.approx([far, cost.sum()], rel=0.05, abs=small)
+
+
 # ---- convert ----
 
 

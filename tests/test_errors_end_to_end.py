@@ -357,6 +357,9 @@ class NoRows:
         rng = np.random.default_rng(layer * 2 + kind)
         return rng.standard_normal((1024, *self.shape(layer, kind))).astype(np.float32)
 
+    def weights(self, layer: int) -> np.ndarray[Any, Any]:
+        return np.ones((1024, self._shape.n_head[layer], 2), dtype=np.float32)
+
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:

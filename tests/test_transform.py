@@ -38,6 +38,19 @@ def test_the_query_metric_is_the_squared_score_error() -> None:
         assert e[h] @ metric[h] @ e[h] == pytest.approx(np.square(scores).mean())
 
 
+def test_the_query_metric_favours_queries_that_look_beyond_the_tail() -> None:
+    """By as much as their head does: a head that looks there is measured by them, and one that doesn't by all queries."""
+    queries = correlated(500, 2, 16)
+    weights = np.zeros((500, 2, 2))
+    weights[::10, :, 0] = [1.0, 0.0]
+    weights[..., 1] = weights[..., 0] + [0.01, 1.0]
+    plain, metric = transform.query_metric(queries, 2), transform.query_metric(queries, 2, weights)
+    looking = transform.query_metric(queries[::10], 2)
+    looking *= (np.trace(plain, axis1=1, axis2=2) / np.trace(looking, axis1=1, axis2=2))[:, None, None]
+    assert np.linalg.norm(metric[0] - looking[0]) < 0.3 * np.linalg.norm(plain[0] - looking[0])
+    assert np.allclose(metric[1], plain[1])
+
+
 def test_the_output_metric_is_the_squared_error_of_the_attention_block() -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((20, 6 * 8)).astype(np.float32)  # [n_embd, n_head * D]
@@ -155,6 +168,7 @@ def test_refuses_what_does_not_fit() -> None:
         (InputError, "rows with NaN", lambda: transform.fit(nan, None)),
         (InputError, "queries with NaN", lambda: transform.query_metric(nan, 2)),
         (MismatchError, "a multiple of 3 heads", lambda: transform.query_metric(rows, 3)),
+        (MismatchError, "weights are", lambda: transform.query_metric(rows, 2, np.ones((len(rows), 2)))),
         (MismatchError, "need at least one", lambda: transform.query_metric(rows[:0], 2)),
         (MismatchError, "20 columns", lambda: transform.output_metric(np.zeros((4, 20)), 2, 8)),
         (InputError, "projection with NaN", lambda: transform.output_metric(np.full((4, 16), np.nan), 2, 8)),

@@ -72,7 +72,7 @@ LLAMA_API int32_t million_set_kv_tail(int32_t n_tokens);
 // ---- calibration capture ----
 //
 // Keeps, per layer, a uniform random sample (reservoir sampling, Vitter's algorithm R) of the rows that the
-// cache would store and of the queries that meet them. Set as a context's cb_eval, with the capture as user data.
+// cache would store and of a quarter of the queries that meet them. Set as a context's cb_eval, with the capture as user data.
 
 struct million_capture;
 
@@ -95,6 +95,11 @@ LLAMA_API int64_t million_capture_n_rows  (const struct million_capture * cap, i
 
 // Writes up to n_max sampled rows, f32 [n][n_head][head_dim], and returns their number.
 LLAMA_API int64_t million_capture_rows(const struct million_capture * cap, int32_t il, int32_t kind, float * dst, int64_t n_max);
+
+// Writes the weights of up to n_max sampled queries, f32 [n][n_head][2], and returns their number. They are what errors of a
+// query's scores do to its output o: by the derivative p (v - o) of the output by a score, the sum of p^2 |v - o|^2, first over
+// all keys but those of its last 128 tokens, which an exact tail holds, then over all keys. 0 where attention has ALiBi.
+LLAMA_API int64_t million_capture_weights(const struct million_capture * cap, int32_t il, float * dst, int64_t n_max);
 
 #ifdef __cplusplus
 }
