@@ -293,11 +293,13 @@ PQ_DEVICE void scores_128(float (&s)[softmax_lane<R>::N], WORDS words, const k_l
                         swap_if(kl.turn & 2, y[i + 1], y[i + 3]);
                     }
                 }
-                float c[4] = { 0.0f, 0.0f, 0.0f, 0.0f }, d[4] = { 0.0f, 0.0f, 0.0f, 0.0f }; // two chains: a product waits for the one before it
+                // two chains, as a product waits for the one before it; eight rows have no registers for a second one
+                float c[4] = { 0.0f, 0.0f, 0.0f, 0.0f }, d[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+                float (&other)[4] = R == 8 ? c : d;
 #pragma unroll
                 for (int i = 0; i < 8; i += 2) {
-                    pq_mma_m16n8k16(c, q[4 * i],     q[4 * i + 1], q[4 * i + 2], q[4 * i + 3], y[2 * i],     y[2 * i + 1]);
-                    pq_mma_m16n8k16(d, q[4 * i + 4], q[4 * i + 5], q[4 * i + 6], q[4 * i + 7], y[2 * i + 2], y[2 * i + 3]);
+                    pq_mma_m16n8k16(c,     q[4 * i],     q[4 * i + 1], q[4 * i + 2], q[4 * i + 3], y[2 * i],     y[2 * i + 1]);
+                    pq_mma_m16n8k16(other, q[4 * i + 4], q[4 * i + 5], q[4 * i + 6], q[4 * i + 7], y[2 * i + 2], y[2 * i + 3]);
                 }
 #pragma unroll
                 for (int i = 0; i < 4; i++) {

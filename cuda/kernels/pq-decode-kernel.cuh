@@ -11,7 +11,6 @@
 // A row may also come from the exact tail, or be zero (row_source): then it is copied. A block without coded rows loads no codebook.
 #pragma once
 
-#include "pq-cuda-common.cuh"
 #include "pq-cuda.h"
 #include "pq-launch.cuh"
 #include "pq-mma.cuh"
@@ -313,13 +312,6 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS, U <= 4 ? 2 : 1) pq_decode_k
         }
         if (coded == 0) {
             continue;
-        }
-        if (pq_decode_row_source(s, row0 + step + lane) == PQ_ROW_CODES) { // the codes of the next tile are on their way while this one is computed
-            const uint8_t * next = s.p.codes + head * s.codes_head_stride + (int64_t) (row0 + step + lane) * s.p.codes_row_stride;
-#pragma unroll
-            for (int i = 0; i < 4 * U * pq_decode_geom<TYPE>::UNIT_BYTES; i += 32) {
-                pq_prefetch_l2(next + i);
-            }
         }
 
         uint32_t y[2][KS][4]; // operands of rows 0-15 and 16-31
