@@ -30,7 +30,7 @@ from million_gguf.spec import PQ_TYPES
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"
 # What the README shows now.
-_KL = [_RESULTS / "2026-11-26-cpu-ref33m" / "kl.csv"]
+_KL = [_RESULTS / "2026-11-26b-cpu-ref33m" / "kl.csv"]
 _KL_TEXT = "heldout"
 _KL_TITLE = "ref-33m, held-out text: what a KV cache type costs"
 _SPEED = [
