@@ -10,7 +10,7 @@
 //      (pq-layout.h), and come by bulk copies (from 9.0 on);
 //   2  maps the queries (q' = T^-1 q, and q.mu) with a tensor-core product;
 //   3  some warps attend to the exact tail; all take tiles of 32 cells, each with a softmax of its own. Tiles that nobody sees are never read;
-//   4  merges its warps. The last block of a row group to come here merges the parts (nobody waits for anybody);
+//   4  merges its warps, and maps what they have with T^-1 of V. The last block of a row group to come here adds the parts (nobody waits for anybody);
 //   5  helps to encode the new rows. No step reads the codes that it writes (the rows are in the tail), so it does not matter when they are made:
 //      multiprocessors without attention encode as much as they have the time for (n_apart), the rest is for the blocks that delivered their part and are not
 //      the last of their row group, while that one merges.
@@ -885,12 +885,12 @@ PQ_DEVICE void map_rows_128(const args_128 & a, const float * sums, const float 
                 uint32_t b[4];
                 pq_ldmatrix_trans(b, v_map + (k + lane) * T_INV_STRIDE + j);
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const float2 u = *(const float2 *) (x + k + 16 * i + 2 * t), v = *(const float2 *) (x + k + 16 * i + 8 + 2 * t);
+                for (int h = 0; h < 2; h++) {
+                    const float2 u = *(const float2 *) (x + k + 16 * h + 2 * t), v = *(const float2 *) (x + k + 16 * h + 8 + 2 * t);
                     uint32_t hi[2], lo[2];
                     split_half2(hi[0], lo[0], u.x * f, u.y * f);
                     split_half2(hi[1], lo[1], v.x * f, v.y * f);
-                    pq_mma_m16n8k16(c[i], hi[0], lo[0], hi[1], lo[1], b[2 * i], b[2 * i + 1]);
+                    pq_mma_m16n8k16(c[h], hi[0], lo[0], hi[1], lo[1], b[2 * h], b[2 * h + 1]);
                 }
             }
             y0 = c[0][0] + c[0][2] + (c[1][0] + c[1][2]);
@@ -937,7 +937,7 @@ __device__ __forceinline__ void encode_units(const args_128 & a, pq_encode_group
 }
 
 // Brings to L2 what the last units need, those that blocks with attention will encode: every block a part of it.
-template <int KT, int VT, int NT>
+template <int KT, int VT>
 PQ_DEVICE void prefetch_last_units(const args_128 & a, int tid) {
 #pragma unroll 1
     for (int unit = a.n_apart + blockIdx.x; unit < a.n_units; unit += a.n_attn_blocks) {
@@ -974,7 +974,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     __half   * q_map   = (__half *)   (smem + a.smem_qt);       // [R][Q_STRIDE]
     float2   * ml      = (float2 *)   (smem + a.smem_merge_ml); // {m, sum of weights} [NW][R]
     float2   * tail_ml = ml + NW * R;                           // the same of the tail [n_tail_warps][R]
-    float    * head    = (float *) (tail_ml + NW * R);          // [R][4]: m, weight of the coded part, weight of the tail; then a flag
+    float    * head    = (float *) (tail_ml + NW * R);          // [R][4]: m, weight of the coded part, weight of the tail; then how many parts came before
     float    * sums    = (float *)    (smem + a.smem_sums);     // [2][R][128]: coded, tail
     uint32_t * q_split = (uint32_t *) sums;                     // [4 R][Q_SPLIT_STRIDE], before there are sums
     float    * tail_o  = (float *)    (smem + a.smem_tail);     // [n_tail_warps][R][128]
@@ -1351,7 +1351,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     pq_copy_wait<0>();
     pq_pdl_launch_next();
     if (a.n_apart < a.n_units) {
-        prefetch_last_units<KT, VT, NT>(a, tid);
+        prefetch_last_units<KT, VT>(a, tid);
     }
     if (t == 0 && g < R) {
         ml[warp * R + g] = make_float2(m, sum);

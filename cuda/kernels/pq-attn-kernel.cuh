@@ -65,22 +65,6 @@ struct side_args {
     int32_t  bytewise;             // pq3 codes that are not at multiples of 4 bytes
 };
 
-// Division without the slow instruction sequence of a division: exact where the product of both numbers is below 2^32.
-struct small_divisor {
-    uint32_t d, inverse; // ceil(2^32 / d); d 1: not used
-
-    small_divisor() = default;
-    explicit small_divisor(uint32_t d) : d(d), inverse((uint32_t) (((1ull << 32) + d - 1) / d)) {}
-
-    // Leaves the quotient in x, returns the remainder.
-    __device__ __forceinline__ int split(uint32_t & x) const {
-        const uint32_t q = d == 1 ? x : __umulhi(x, inverse);
-        const uint32_t r = x - q * d;
-        x = q;
-        return (int) r;
-    }
-};
-
 struct args {
     pq_attn_params p;
     side_args      k, v;

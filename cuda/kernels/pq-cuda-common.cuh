@@ -76,6 +76,22 @@ PQ_DEVICE uint32_t pq_arrive(uint32_t * counter) {
     return x;
 }
 
+// Division without the slow instruction sequence of a division: exact where the product of both numbers is below 2^32.
+struct small_divisor {
+    uint32_t d, inverse; // ceil(2^32 / d); d 1: not used
+
+    small_divisor() = default;
+    explicit small_divisor(uint32_t d) : d(d), inverse((uint32_t) (((1ull << 32) + d - 1) / d)) {}
+
+    // Leaves the quotient in x, returns the remainder.
+    __device__ __forceinline__ int split(uint32_t & x) const {
+        const uint32_t q = d == 1 ? x : __umulhi(x, inverse);
+        const uint32_t r = x - q * d;
+        x = q;
+        return (int) r;
+    }
+};
+
 // ---- shared memory ----
 
 // Dynamic shared memory begins at 0, and from 9.0 on after the 1 KB that the system keeps, in a kernel without static

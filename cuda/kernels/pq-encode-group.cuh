@@ -5,13 +5,11 @@
 // Codes are those of pq_encode_few, bit for bit. Rows are f32 at multiples of 16 bytes, and the tail is not written here: attention has done it.
 #pragma once
 
-#include "pq-attn-kernel.cuh" // small_divisor
+#include "pq-cuda-common.cuh"
 #include "pq-encode-few-kernel.cuh"
 #include "pq-rope.cuh"
 
 namespace {
-
-using pq_attn::small_divisor;
 
 constexpr int PQ_ENCODE_UNIT_D   = 128;
 constexpr int PQ_ENCODE_N_STRIPS = PQ_ENCODE_UNIT_D / PQ_ENCODE_STRIP;

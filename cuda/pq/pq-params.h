@@ -13,8 +13,7 @@ extern "C" {
 
 // ---- encode: x [n_rows][n_head_kv][D] -> codes u8 [cells][n_head_kv][pq_head_bytes] ----
 //
-// x is rounded to f16 first: the codes of a row are those of the row that an f16 cache would hold. So they can also be
-// made later, from the exact tail, and come out the same.
+// x is rounded to f16 first: the codes of a row are those of the row that an f16 cache, or the exact tail, would hold.
 
 struct pq_encode_params {
     enum pq_type type;
