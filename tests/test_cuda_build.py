@@ -59,6 +59,8 @@ BUDGETS = (
     Budget("pq_decode_kernelILi[0-9]ELi[24]E", threads=256, blocks=2, spills=256),
     Budget("pq_decode_kernelILi[0-9]ELi8E", threads=256, blocks=1),  # y of head size 256 takes half the registers
     Budget("pq_decode_plain_kernel", threads=256, blocks=4),
+    Budget("pq_decode_y_kernel", threads=256, blocks=3),  # as many as the tables of pq4 leave room for
+    Budget("pq_prefill_(begin|end)_kernel", threads=256, blocks=2),
     Budget("fill_random", threads=256, blocks=4),  # of the benchmark
     Budget("rope_(rows|turns)", threads=64, blocks=8),  # of the tests
     # what is spilled is read again once per tile of 32 cells, among some 850 instructions
@@ -179,7 +181,7 @@ def test_kernels_keep_their_budgets(build: Build) -> None:
     kernels = [k for k in parse(build.log) if "pq_" in k.name]
     for architecture in ARCHITECTURES:
         here = [k for k in kernels if k.architecture == architecture]
-        for family in ("pq_encode_few", "pq_encode_tile", "pq_decode_kernel", "pq_decode_plain", "attn_128", "attn_kernel"):
+        for family in ("pq_encode_few", "pq_encode_tile", "pq_decode_kernel", "pq_decode_plain", "pq_decode_y", "pq_prefill", "attn_128", "attn_kernel"):
             assert any(family in k.name for k in here), f"no {family} kernel for sm_{architecture}"
     bad = [f"{k.name} for sm_{k.architecture}: {fault}" for k in kernels for fault in faults(k)]
     assert not bad, "\n".join(bad)

@@ -589,10 +589,10 @@ PQ_DEVICE void map_queries(__half * qt, row_info * rows, const float * q, const 
 // ---- the exact tail ----
 
 // Attention of R rows over the listed slots, with raw queries, in floats, by the first nt threads of the block. Half a warp takes a slot: 8
-// elements per lane (16 for L = 32). Leaves the weighted sums in o [R][D], and m and the sum of weights of every row in ml [R][2].
-// part: float [nt / 32][R][D], part_ml: float [nt / 32][R][2]
+// elements per lane (16 for L = 32). Leaves weighted sums of every warp, and its m and sum of weights, for merge_tail.
+// part: float [nt / 32][R][D], then float [nt / 32][R][2]
 template <int L, int R>
-PQ_DEVICE void attend_tail(float * o, float * ml, float * part, float * part_ml, const args & a, const row_info * rows, const float * q,
+PQ_DEVICE void attend_tail(float * part, const args & a, const row_info * rows, const float * q,
                            const uint16_t * slots, int n_slots, int64_t slot0, int stream, int head_kv, int nt) {
     constexpr int E     = L == 32 ? 2 : 1;               // 16-byte pieces per lane
     constexpr int AHEAD = R == 8 || L == 32 ? 2 : 4;     // slots in flight per half warp
@@ -726,10 +726,17 @@ PQ_DEVICE void attend_tail(float * o, float * ml, float * part, float * part_ml,
         }
     }
     if (lane < R) {
-        *(float2 *) (part_ml + 2 * (warp * R + lane)) = make_float2(m_all, sum);
+        *(float2 *) (part + nw * R * D + 2 * (warp * R + lane)) = make_float2(m_all, sum);
     }
-    pq_barrier(1, nt);
-    for (int i = tid; i < R * D; i += nt) {
+}
+
+// Adds what the nt / 32 warps have, by their threads, after a barrier of the block (racecheck misunderstands one of these warps alone): the weighted sums to o [R][D],
+// m and the sum of weights of every row to ml [R][2].
+template <int R>
+PQ_DEVICE void merge_tail(float * o, float * ml, const float * part, int D, int nt) {
+    const int nw = nt / PQ_WARP;
+    const float * part_ml = part + nw * R * D;
+    for (int i = threadIdx.x; i < R * D; i += nt) {
         const int r = i / D;
         float top = -CUDART_INF_F;
         for (int w = 0; w < nw; w++) {
@@ -1007,10 +1014,10 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
     float * tail_o  = (float *) (smem + a.smem_tail); // [R][D]
     float * tail_ml = ml + 2 * NW * R;
     float * head    = tail_ml + 2 * R;
+    float * tail_part = n_tile == 0 ? (float *) smem : (float *) (smem + a.smem_tail_part);
     const int nt_tail = n_slot == 0 ? 0 : n_tile == 0 ? NT : NT_TAIL;
     if (tid < nt_tail) {
-        attend_tail<L, R>(tail_o, tail_ml, n_tile == 0 ? (float *) smem : (float *) (smem + a.smem_tail_part), ml, a, rows, q_raw, list + n_tile, n_slot,
-                          slot0, stream, head_kv, nt_tail);
+        attend_tail<L, R>(tail_part, a, rows, q_raw, list + n_tile, n_slot, slot0, stream, head_kv, nt_tail);
     } else if (n_tile > 0) {
         map_queries<L, R>(q_map, rows, q_raw, a.k, k_block, D, a.q_scale, k_coded, tid - nt_tail, NT - nt_tail);
         if constexpr (!TWO_PHASES) {
@@ -1023,6 +1030,9 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
         tail_ml[2 * tid + 1] = 0.0f;
     }
     __syncthreads();
+    if (tid < nt_tail) {
+        merge_tail<R>(tail_o, tail_ml, tail_part, D, nt_tail);
+    }
 
     uint32_t q[R][4]; // the lane's part of each query, in the order of its lookups
     if (n_tile > 0) {

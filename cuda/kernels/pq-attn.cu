@@ -33,7 +33,7 @@ smem_layout get_smem_layout(const pq_attn_params & p, int lanes, int R, bool two
     const size_t k  = table_bytes(p.k.type, lanes), v = table_bytes(p.v.type, lanes);
     const size_t v_offset = v == 0 || lanes == 8 ? 0 : v_table_offset(kernel_type(p, lanes), lanes, two_phase);
     smem_layout s;
-    size_t off = std::max({ k, v_offset + v, NW * R * 1024 }); // the merge reuses the tables' room
+    size_t off = std::max({ k, v_offset + v, NW * R * 1024, NW * R * (D + 2) * sizeof(float) }); // the merge, and the tail where there is nothing else, reuse the tables' room
     auto take = [&](size_t bytes) {
         const size_t at = off;
         off += (bytes + 15) / 16 * 16;
@@ -47,7 +47,7 @@ smem_layout get_smem_layout(const pq_attn_params & p, int lanes, int R, bool two
     s.bits      = take((n_list / 32 + 2) * sizeof(uint32_t));
     s.merge_ml  = take((2 * NW * R + 6 * R) * sizeof(float));
     s.tail      = p.tail.n > 0 ? take(R * D * sizeof(float)) : 0;
-    s.tail_part = p.tail.n > 0 ? take(n_tail_threads(R) / PQ_WARP * R * D * sizeof(float)) : 0;
+    s.tail_part = p.tail.n > 0 ? take(n_tail_threads(R) / PQ_WARP * R * (D + 2) * sizeof(float)) : 0;
     s.bytes     = off;
     return s;
 }

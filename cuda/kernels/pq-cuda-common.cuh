@@ -242,9 +242,10 @@ PQ_DEVICE uint32_t pq_keep(uint32_t x, int lane) {
     return __shfl_sync(PQ_FULL_WARP, x, lane);
 }
 
-// Barrier number `id` of the first n threads of a block, n a multiple of 32.
-PQ_DEVICE void pq_barrier(int id, int n) {
-    asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(n) : "memory");
+// Barrier number `id` of N threads of a block, a multiple of 32.
+template <int N>
+PQ_DEVICE void pq_barrier(int id) {
+    asm volatile("bar.sync %0, %1;" : : "r"(id), "n"(N) : "memory");
 }
 
 PQ_DEVICE float pq_warp_sum(float x) {

@@ -110,7 +110,32 @@ struct pq_cuda_decode_side {
     const uint8_t  * tail;              // f16 [slots][n_head_kv][D], by strides
     size_t           tail_row_stride;
     size_t           tail_head_stride;
+    int32_t          in_code_space;     // rows are y, as codes say them, not y T^-1 + mu; for such sides there are no rows of the tail, and x_f16 is wanted
 };
 
 // Fills the sides (K and V, 1 or 2), in one launch when they have the same type and head size.
 cudaError_t pq_cuda_decode_rows(const pq_cuda_decode_side * sides, int n_sides, cudaStream_t stream);
+
+// ---- prefill: what a flash attention of another library needs before and after it ----
+
+// One stream of p, attended to in the space of codes: K and V are rows y of pq_cuda_decode_rows(in_code_space), the queries are q_mapped, and no mu is
+// counted. Rows of the exact tail take the places of their cells, and the mask has their columns in between.
+struct pq_cuda_prefill_step {
+    pq_attn_params   p;         // pointers are to the stream
+    const uint16_t * cell_low;  // [p.tail.n]: the cell of a slot, 16 bits each; negative: the slot is not in use
+    const uint16_t * cell_high;
+    float          * q_mapped;  // [n_q][n_head][D]: T^-1 q
+    uint16_t       * k_rows;    // f16 [n_head_kv][n_kv][D], decoded
+    uint16_t       * v_rows;
+    uint8_t        * mask;      // p.mask, to be written
+    uint16_t       * mask_kept; // [n_q][p.tail.n]
+};
+
+// NULL, or why this can't be done: a score then needs all of its terms, or there is nothing to map.
+const char * pq_cuda_prefill_unsupported(const pq_attn_params & p);
+
+// After K and V are decoded: makes q_mapped, puts the rows and the mask of the tail to their cells.
+cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, cudaStream_t stream);
+
+// After attention: p.dst becomes rows of V again, and the mask what it was.
+cudaError_t pq_cuda_prefill_end(const pq_cuda_prefill_step & s, cudaStream_t stream);

@@ -10,7 +10,8 @@ struct decode_shape {
     int             n_col_parts;
     int             n_cols;      // of a part, a multiple of 32
     size_t          fixed_bytes; // of shared memory, beside the table
-    int64_t         tile_rows;   // rows that one warp takes at a time
+    int64_t         tile_rows;   // rows that are taken at a time
+    int64_t         max_per_sm;  // blocks
 };
 
 // codes: pointers and strides of the codes of all sides, or-ed
@@ -20,13 +21,17 @@ static decode_shape get_shape(int D, bool f16, uintptr_t codes) {
     const bool full        = D == 32 * U && f16 && codes % pq_decode_codes_align<TYPE, U>() == 0;
     return { full ? pq_decode_kernel<TYPE, U, true> : pq_decode_kernel<TYPE, U, false>, n_col_parts,
              ((D + n_col_parts - 1) / n_col_parts + 31) / 32 * 32, pq_decode_smem_layout<U>::T_BYTES + pq_decode_smem_layout<U>::MU_BYTES,
-             PQ_DECODE_ROWS };
+             PQ_DECODE_ROWS, n_col_parts > 1 ? 1 : 2 };
 }
 
 template <int TYPE>
-static decode_shape get_shape(int D, bool has_transform, bool f16, uintptr_t codes) {
+static decode_shape get_shape(int D, bool has_transform, bool in_code_space, bool f16, uintptr_t codes) {
+    if (in_code_space) {
+        constexpr bool WORDS = TYPE == PQ_TYPE_PQ3;
+        return { codes % 4 == 0 ? pq_decode_y_kernel<TYPE, WORDS> : pq_decode_y_kernel<TYPE, false>, 1, D, 0, PQ_DECODE_Y_ROWS, 2048 / PQ_DECODE_THREADS };
+    }
     if (!has_transform) {
-        return { pq_decode_plain_kernel<TYPE>, 1, D, 0, 1 };
+        return { pq_decode_plain_kernel<TYPE>, 1, D, 0, 1, 2 };
     }
     return D <= 64  ? get_shape<TYPE, 2>(D, f16, codes) :
            D <= 128 ? get_shape<TYPE, 4>(D, f16, codes) :
@@ -34,7 +39,7 @@ static decode_shape get_shape(int D, bool has_transform, bool f16, uintptr_t cod
 }
 
 static cudaError_t check(const pq_cuda_decode_side & s) {
-    if (!pq_head_size_ok(s.p.D) || s.p.type >= PQ_TYPE_COUNT || (s.row_source && !s.x_f16)) {
+    if (!pq_head_size_ok(s.p.D) || s.p.type >= PQ_TYPE_COUNT || (s.row_source && !s.x_f16) || (s.in_code_space && (s.p.D != 128 || !s.x_f16 || s.row_source))) {
         return cudaErrorInvalidValue;
     }
     // rows are stored in pieces of 16 bytes; the codes of 8 elements are one load, but for pq3, whose 3 bytes lie anywhere
@@ -50,7 +55,7 @@ cudaError_t pq_cuda_decode_rows(const pq_cuda_decode_side * sides, int n_sides, 
         return cudaErrorInvalidValue;
     }
     const pq_decode_params & p = sides[0].p;
-    if (n_sides == 2 && (p.type != sides[1].p.type || p.D != sides[1].p.D || p.has_transform != sides[1].p.has_transform)) {
+    if (n_sides == 2 && (p.type != sides[1].p.type || p.D != sides[1].p.D || p.has_transform != sides[1].p.has_transform || sides[0].in_code_space != sides[1].in_code_space)) {
         const cudaError_t err = pq_cuda_decode_rows(sides, 1, stream);
         return err != cudaSuccess ? err : pq_cuda_decode_rows(sides + 1, 1, stream);
     }
@@ -82,17 +87,21 @@ cudaError_t pq_cuda_decode_rows(const pq_cuda_decode_side * sides, int n_sides, 
     if (err != cudaSuccess) {
         return err;
     }
+    const bool in_code_space = sides[0].in_code_space;
     const decode_shape shape =
-        p.type == PQ_TYPE_PQ4 ? get_shape<PQ_TYPE_PQ4>(p.D, p.has_transform, f16, codes) :
-        p.type == PQ_TYPE_PQ3 ? get_shape<PQ_TYPE_PQ3>(p.D, p.has_transform, f16, codes) :
-                                get_shape<PQ_TYPE_PQ2>(p.D, p.has_transform, f16, codes);
+        p.type == PQ_TYPE_PQ4 ? get_shape<PQ_TYPE_PQ4>(p.D, p.has_transform, in_code_space, f16, codes) :
+        p.type == PQ_TYPE_PQ3 ? get_shape<PQ_TYPE_PQ3>(p.D, p.has_transform, in_code_space, f16, codes) :
+                                get_shape<PQ_TYPE_PQ2>(p.D, p.has_transform, in_code_space, f16, codes);
     const size_t table_bytes = (size_t) p.D * pq_get_spec(p.type).ksub * sizeof(uint16_t);
     a.n_cols        = shape.n_cols;
     a.table_in_smem = shape.fixed_bytes + table_bytes <= device.smem_optin;
+    if (in_code_space && !a.table_in_smem) { // 64 KB: every device from 8.0 on has them
+        return cudaErrorInvalidConfiguration;
+    }
     const size_t smem_bytes = shape.fixed_bytes + (a.table_in_smem ? table_bytes : 0);
 
     // All blocks run at once: one more would start when the others have ended. 1024: what a block takes by itself.
-    const int64_t per_sm  = std::max<int64_t>(1, std::min<int64_t>(shape.n_col_parts > 1 ? 1 : 2, (device.smem_optin + 1024) / (smem_bytes + 1024)));
+    const int64_t per_sm  = std::max<int64_t>(1, std::min<int64_t>(shape.max_per_sm, (device.smem_optin + 1024) / (smem_bytes + 1024)));
     const int64_t n_tiles = (n_rows + shape.tile_rows - 1) / shape.tile_rows;
     const int64_t n_parts = std::min(n_tiles, std::max<int64_t>(1, per_sm * device.n_sm / (n_heads * shape.n_col_parts)));
     return pq_launch(shape.kernel, dim3((unsigned) n_parts, (unsigned) n_heads, (unsigned) shape.n_col_parts), PQ_DECODE_THREADS, smem_bytes,

@@ -48,7 +48,7 @@ __device__ __forceinline__ int pq_encode_group_thread() {
 }
 
 __device__ __forceinline__ void pq_encode_group_sync() { // barrier 0 is that of __syncthreads
-    asm volatile("bar.sync %0, %1;" : : "r"(1 + threadIdx.x / PQ_ENCODE_FEW_THREADS), "n"(PQ_ENCODE_FEW_THREADS) : "memory");
+    pq_barrier<PQ_ENCODE_FEW_THREADS>(1 + threadIdx.x / PQ_ENCODE_FEW_THREADS);
 }
 
 // Asks for the codebook's part of a unit that goes to shared memory.

@@ -2,7 +2,7 @@
 //
 //   pq-cuda-test [test [D]]         every case, or those of a head size, against plain loops in double precision (of sampled heads where
 //                                   the context is long), and steps in one launch against a launch for each part
-//   pq-cuda-test quick              a few of each kernel, for compute-sanitizer
+//   pq-cuda-test quick [step]       a few of each kernel, for compute-sanitizer, or steps alone
 //   pq-cuda-test step               the latter alone
 //   pq-cuda-test plan               the launch plan alone; needs no GPU
 //   pq-cuda-test bench [7b|8b [depth [type]]]
@@ -848,6 +848,13 @@ static void test(const pq_cuda_device_props & props, int only_D) {
 }
 
 // A case or two of each kernel: for compute-sanitizer, under which everything takes a hundred times as long.
+static void test_quick_step(const pq_cuda_device_props & props) {
+    const pq_type P4 = PQ_TYPE_PQ4, P3 = PQ_TYPE_PQ3, P2 = PQ_TYPE_PQ2;
+    run_step({ P4, P4, 2, 2, 1, 1, 700, 64, 0, true, ROPE_PAIRS }, props);
+    run_step({ P3, P2, 4, 1, 2, 1, 700, 40, 1, true, ROPE_NEOX_YARN }, props);
+    run_step({ P4, P2, 1, 1, 1, 8, 31, 64, 0, false, ROPE_NEOX }, props);
+}
+
 static void test_quick(const pq_cuda_device_props & props) {
     const pq_type P4 = PQ_TYPE_PQ4, P3 = PQ_TYPE_PQ3, P2 = PQ_TYPE_PQ2, F = PQ_TYPE_COUNT;
     const attn_case base = { P4, P4, 128, 4, 4, 1, 1, 257, MASK_CAUSAL, 40, true, 0.0f, 0.0f, false, 1, 1, 0, 0 };
@@ -860,9 +867,7 @@ static void test_quick(const pq_cuda_device_props & props) {
             }
         }
     }
-    run_step({ P4, P4, 2, 2, 1, 1, 700, 64, 0, true, ROPE_PAIRS }, props);
-    run_step({ P3, P2, 4, 1, 2, 1, 700, 40, 1, true, ROPE_NEOX_YARN }, props);
-    run_step({ P4, P2, 1, 1, 1, 8, 31, 64, 0, false, ROPE_NEOX }, props);
+    test_quick_step(props);
 }
 
 // ---- plan ----
@@ -1192,7 +1197,11 @@ int main(int argc, char ** argv) {
     pq_cuda_device_props props;
     CUDA(pq_cuda_get_device_props(&props));
     if (mode == "quick") {
-        test_quick(props);
+        if (argc > 2 && !strcmp(argv[2], "step")) {
+            test_quick_step(props);
+        } else {
+            test_quick(props);
+        }
         printf("%d checks, %d failed; worst NMSE %.3g\n", n_checks, n_failed, worst_nmse);
         return n_failed ? 1 : 0;
     }
@@ -1248,6 +1257,6 @@ int main(int argc, char ** argv) {
         }
         return 0;
     }
-    printf("usage: pq-cuda-test [test [D] | quick | step | plan | bench [7b|8b [depth [type]]] | once 7b|8b depth type]\n");
+    printf("usage: pq-cuda-test [test [D] | quick [step] | step | plan | bench [7b|8b [depth [type]]] | once 7b|8b depth type]\n");
     return 2;
 }

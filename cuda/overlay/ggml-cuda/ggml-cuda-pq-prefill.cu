@@ -7,9 +7,15 @@
 #include "pq-cuda.h"
 #include "pq-launch.cuh"
 
-// Columns of the scratch are the cells of one stream, padded to FATTN_KQ_STRIDE: K and V are f16 [n_head_kv][n_cols][D], the mask is
-// f16 [n_q][n_cols]. The exact tail adds none: its rows, and the columns of its mask, go to the places of their cells. Scratch is as
-// large as the part of the cache in use, n_kv, and goes back to the pool after the op.
+// Attention to many tokens: the part of the cache in use as f16 rows, and the backend's own flash attention on them. Scratch is as large as that part, and
+// goes back to the pool after the op. There are two ways:
+//
+//   in the space of codes   rows of K and V are looked up and not mapped back; queries and results are mapped instead (pq-prefill-kernel.cuh). Less
+//                           work once the context has more rows than the queries
+//   as rows of K and V      in all other cases: other head sizes, sides without codes, softcap, sinks
+//
+// For the latter columns of the scratch are the cells of one stream, padded to FATTN_KQ_STRIDE: K and V are f16 [n_head_kv][n_cols][D], the mask is
+// f16 [n_q][n_cols]. The exact tail adds none: its rows, and the columns of its mask, go to the places of their cells.
 
 static int64_t get_n_cols(const pq_attn_params & p) {
     return GGML_PAD(p.n_kv, FATTN_KQ_STRIDE);
@@ -226,6 +232,82 @@ bool ggml_cuda_pq_prefill_supported(int device, const ggml_tensor * op, const pq
     return ggml_cuda_flash_attn_ext_supported(device, &fa);
 }
 
+// A part of K or V as decoding takes it, to rows of `t`.
+static pq_cuda_decode_side coded_side(const pq_attn_params & p, const pq_attn_side & side, int64_t s, const ggml_tensor & t) {
+    pq_cuda_decode_side d = {};
+    d.p.type             = side.type;
+    d.p.D                = side.D;
+    d.p.n_head_kv        = p.n_head_kv;
+    d.p.n_rows           = t.ne[1];
+    d.p.codebook         = side.codebook;
+    d.p.has_transform    = side.has_transform;
+    d.p.codes            = side.data + s * side.stream_stride;
+    d.p.codes_row_stride = side.row_stride;
+    d.p.x_row_stride     = t.nb[1];
+    d.p.x_head_stride    = t.nb[2];
+    d.codes_head_stride  = side.head_stride;
+    d.x_f16              = (uint16_t *) t.data;
+    return d;
+}
+
+// ---- in the space of codes ----
+
+static bool pays_in_code_space(const pq_attn_params & p) {
+    const bool rows_fit = p.n_kv == get_n_cols(p) && p.mask && (p.mask_token_stride | p.mask_stream_stride | (uintptr_t) p.mask) % 16 == 0;
+    return rows_fit && p.n_kv * p.n_head_kv > p.n_q * p.n_head && !pq_cuda_prefill_unsupported(p);
+}
+
+static void prefill_in_code_space(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p) {
+    ggml_cuda_pool_alloc<half>     k_rows(ctx.pool(), p.n_kv * p.k.D * p.n_head_kv);
+    ggml_cuda_pool_alloc<half>     v_rows(ctx.pool(), p.n_kv * p.v.D * p.n_head_kv);
+    ggml_cuda_pool_alloc<float>    q_mapped(ctx.pool(), p.n_q * p.k.D * p.n_head);
+    ggml_cuda_pool_alloc<uint16_t> mask_kept(ctx.pool(), std::max<int64_t>(p.n_q * p.tail.n, 1));
+    cudaStream_t stream = ctx.stream();
+
+    ggml_tensor fa, q, ops[3];
+    make_f16_op(op, p.n_kv, fa, q, ops);
+    ops[0].data = k_rows.get();
+    ops[1].data = v_rows.get();
+    q.data  = q_mapped.get();
+    q.nb[2] = p.k.D * sizeof(float);
+    q.nb[1] = q.nb[2] * p.n_head;
+    q.nb[3] = q.nb[1] * p.n_q;
+
+    for (int64_t s = 0; s < p.n_stream; s++) {
+        pq_cuda_prefill_step step = {};
+        step.p       = p;
+        step.p.q    += s * p.q_stream_stride;
+        step.p.dst   = (float *) ((char *) p.dst + s * p.dst_stream_stride);
+        step.p.mask += s % p.n_stream_mask * p.mask_stream_stride;
+        step.mask    = const_cast<uint8_t *>(step.p.mask); // an input of the graph, which has its values back before anything else reads it
+        if (p.tail.n > 0) {
+            step.p.tail.k    += s * p.tail.k_stream_stride;
+            step.p.tail.v    += s * p.tail.v_stream_stride;
+            step.p.tail.mask += s * p.tail.mask_stream_stride;
+            const uint8_t * cells = step.p.tail.mask + p.n_q * p.tail.mask_token_stride;
+            step.cell_low  = (const uint16_t *) cells;
+            step.cell_high = (const uint16_t *) (cells + p.tail.mask_token_stride);
+        }
+        step.q_mapped  = q_mapped.get();
+        step.k_rows    = (uint16_t *) k_rows.get();
+        step.v_rows    = (uint16_t *) v_rows.get();
+        step.mask_kept = mask_kept.get();
+
+        pq_cuda_decode_side sides[2] = { coded_side(p, p.k, s, ops[0]), coded_side(p, p.v, s, ops[1]) };
+        sides[0].in_code_space = sides[1].in_code_space = 1;
+        CUDA_CHECK(pq_cuda_decode_rows(sides, 2, stream));
+        CUDA_CHECK(pq_cuda_prefill_begin(step, stream));
+        ops[2].data  = step.mask;
+        ops[2].nb[1] = p.mask_token_stride;
+        ops[2].nb[2] = ops[2].nb[3] = p.mask_token_stride * p.n_q;
+        fa.data = step.p.dst;
+        ggml_cuda_flash_attn_ext(ctx, &fa);
+        CUDA_CHECK(pq_cuda_prefill_end(step, stream));
+    }
+}
+
+// ---- as rows of K and V ----
+
 // The mask as flash attention takes it, where nothing has to be merged into it
 static bool mask_as_it_is(const pq_attn_params & p) {
     return p.mask && p.tail.n == 0 && p.n_kv == get_n_cols(p) && p.k.type != PQ_TYPE_COUNT && p.v.type != PQ_TYPE_COUNT &&
@@ -233,6 +315,10 @@ static bool mask_as_it_is(const pq_attn_params & p) {
 }
 
 void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, bool settled) {
+    if (pays_in_code_space(p)) {
+        prefill_in_code_space(ctx, op, p);
+        return;
+    }
     const int64_t n_cols = get_n_cols(p);
     const bool    merge  = !mask_as_it_is(p);
     cudaStream_t  stream = ctx.stream();
@@ -289,23 +375,11 @@ void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * o
                 continue;
             }
             pq_cuda_decode_side & d = coded[n_coded++];
-            d = {};
-            d.p.type             = side.type;
-            d.p.D                = side.D;
-            d.p.n_head_kv        = p.n_head_kv;
-            d.p.n_rows           = n_cols;
-            d.p.codebook         = side.codebook;
-            d.p.has_transform    = side.has_transform;
-            d.p.codes            = side.data + s * side.stream_stride;
-            d.p.codes_row_stride = side.row_stride;
-            d.p.x_row_stride     = ops[i].nb[1];
-            d.p.x_head_stride    = ops[i].nb[2];
-            d.codes_head_stride  = side.head_stride;
-            d.x_f16              = (uint16_t *) dst;
-            d.row_source         = merge ? row_source.get() : nullptr;
-            d.tail               = (const uint8_t *) tail.data;
-            d.tail_row_stride    = tail.row_stride;
-            d.tail_head_stride   = tail.head_stride;
+            d = coded_side(p, side, s, ops[i]);
+            d.row_source       = merge ? row_source.get() : nullptr;
+            d.tail             = (const uint8_t *) tail.data;
+            d.tail_row_stride  = tail.row_stride;
+            d.tail_head_stride = tail.head_stride;
         }
         CUDA_CHECK(pq_cuda_decode_rows(coded, n_coded, stream));
 

@@ -1,0 +1,221 @@
+// Prefill in the space of codes: what comes before and after flash attention on rows that are looked up and not mapped back (pq-decode-kernel.cuh).
+//
+//     q.x = (T^-1 q).y + q.mu      the last term is the same for every cell: the softmax does not see it
+//     sum p x = (sum p y) T^-1 + mu
+//
+// So the queries are mapped instead of the keys, and the result instead of the values: of a long context those are far fewer rows. Rows of the exact tail
+// are mapped forth, (x - mu) T, and take the places of their cells. The mask takes the tail's columns there while attention runs, and has its own back
+// afterwards: a merged copy of it would be as large as the whole mask.
+//
+// A block maps 128 rows of a head, a warp 16 of them with tensor-core products. Rows are split into two halves each, so that products are as good as those of
+// floats. D = 128.
+#pragma once
+
+#include "pq-cuda.h"
+#include "pq-launch.cuh"
+#include "pq-mma.cuh"
+
+#include <cuda_fp16.h>
+
+#include <stdint.h>
+
+namespace {
+
+constexpr int PQ_PREFILL_D       = 128;
+constexpr int PQ_PREFILL_THREADS = 256;
+constexpr int PQ_PREFILL_ROWS    = 16 * PQ_PREFILL_THREADS / 32; // of a block
+constexpr int PQ_PREFILL_STRIDE  = PQ_PREFILL_D + 8;             // halves: the 8 rows of a matrix load lie in different banks
+constexpr int PQ_PREFILL_TOKENS  = 8;                            // of a block of the mask
+
+typedef __half pq_prefill_smem[PQ_PREFILL_D][PQ_PREFILL_STRIDE]; // a map
+
+struct pq_prefill_args {
+    pq_cuda_prefill_step s;
+    pq_codebook_layout k, v;
+    int32_t n_group;       // query heads of a KV head
+    int32_t n_row_blocks;  // of a KV head's queries, or results
+    int32_t n_slot_blocks; // of the tail's rows of a KV head
+};
+
+// Rows of a warp, times a map of a head: its rows are what an element of the input adds to the result, or, BY_ROW, each makes one element of it.
+// from(row): a row of the block, or any other that can be read where there is none; load(it, col): its elements col, col + 1.
+// to(row): where the result goes, or NULL; store(it, col, value, whether the row has anything but zeros).
+template <bool BY_ROW, class FROM, class LOAD, class TO, class STORE>
+__device__ __forceinline__ void pq_prefill_map(pq_prefill_smem & m, const __half * map, FROM from, LOAD load, TO to, STORE store) {
+    constexpr int KS = PQ_PREFILL_D / 16;
+    for (int i = threadIdx.x; i < PQ_PREFILL_D * PQ_PREFILL_D / 8; i += PQ_PREFILL_THREADS) {
+        pq_cp_async(&m[i / (PQ_PREFILL_D / 8)][i % (PQ_PREFILL_D / 8) * 8], map + i * 8);
+    }
+    pq_pdl_wait(); // codebooks do not depend on the kernels ahead
+    pq_pdl_launch_next();
+
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int row  = threadIdx.x / 32 * 16 + g; // of the block, and row + 8
+    const auto src0 = from(row), src1 = from(row + 8);
+    const auto dst0 = to(row),   dst1 = to(row + 8);
+    uint32_t hi[KS][4], lo[KS][4], seen[2] = { 0, 0 };
+#pragma unroll
+    for (int k = 0; k < KS; k++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float2  x = load(i % 2 ? src1 : src0, 16 * k + 2 * t + i / 2 * 8);
+            const __half2 h = __floats2half2_rn(x.x, x.y);
+            const float2  f = __half22float2(h);
+            const __half2 l = __floats2half2_rn(x.x - f.x, x.y - f.y);
+            hi[k][i] = *(const uint32_t *) &h;
+            lo[k][i] = *(const uint32_t *) &l;
+            seen[i % 2] |= __float_as_uint(x.x) << 1 | __float_as_uint(x.y) << 1;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) { // the four lanes of a row
+        seen[i] |= __shfl_xor_sync(0xffffffff, seen[i], 1);
+        seen[i] |= __shfl_xor_sync(0xffffffff, seen[i], 2);
+    }
+    pq_cp_async_wait();
+    __syncthreads();
+#pragma unroll 1
+    for (int n = 0; n < PQ_PREFILL_D; n += 16) {
+        float acc[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < KS; k++) {
+            uint32_t b[4]; // rows 0-7 and 8-15 of B for 8 columns, then for the next 8
+            if (BY_ROW) {
+                pq_ldmatrix(b, &m[n + lane / 16 * 8 + lane % 8][16 * k + lane / 8 % 2 * 8]);
+            } else {
+                pq_ldmatrix_trans(b, &m[16 * k + lane % 16][n + lane / 16 * 8]);
+            }
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                pq_mma_k16(acc[j], hi[k], b[2 * j], b[2 * j + 1], acc[j]);
+                pq_mma_k16(acc[j], lo[k], b[2 * j], b[2 * j + 1], acc[j]);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            if (dst0) {
+                store(dst0, n + 8 * j + 2 * t, make_float2(acc[j][0], acc[j][1]), seen[0] != 0);
+            }
+            if (dst1) {
+                store(dst1, n + 8 * j + 2 * t, make_float2(acc[j][2], acc[j][3]), seen[1] != 0);
+            }
+        }
+    }
+}
+
+// The query rows of a block: of one KV head, tokens first.
+struct pq_prefill_queries {
+    int head_kv, row0, n_group, n; // n: rows that there are from row0 on
+
+    __device__ __forceinline__ pq_prefill_queries(const pq_prefill_args & a, int block)
+        : head_kv(block / a.n_row_blocks), row0(block % a.n_row_blocks * PQ_PREFILL_ROWS), n_group(a.n_group), n((int) a.s.p.n_q * a.n_group - row0) {}
+
+    __device__ __forceinline__ int token(int row) const { return (row0 + min(row, n - 1)) / n_group; }
+    __device__ __forceinline__ int head(int row)  const { return head_kv * n_group + (row0 + min(row, n - 1)) % n_group; }
+};
+
+__device__ __forceinline__ int64_t pq_prefill_cell(const pq_cuda_prefill_step & s, int64_t slot) {
+    const int32_t cell = (int32_t) ((uint32_t) s.cell_low[slot] | (uint32_t) s.cell_high[slot] << 16);
+    return cell < s.p.n_kv ? cell : -1; // -1: the slot is not in use
+}
+
+// Exchanges the tail's columns of the mask with what is kept: first the tail's, then the mask's own.
+template <bool BEFORE>
+__device__ __forceinline__ void pq_prefill_mask(const pq_cuda_prefill_step & s, int block) {
+    const int64_t n_slot_blocks = (s.p.tail.n + PQ_PREFILL_THREADS - 1) / PQ_PREFILL_THREADS;
+    const int64_t slot   = block % n_slot_blocks * PQ_PREFILL_THREADS + threadIdx.x;
+    const int64_t token0 = block / n_slot_blocks * PQ_PREFILL_TOKENS;
+    pq_pdl_wait();
+    pq_pdl_launch_next();
+    const int64_t cell = slot < s.p.tail.n ? pq_prefill_cell(s, slot) : -1;
+    if (cell < 0) {
+        return;
+    }
+    uint16_t taken[PQ_PREFILL_TOKENS], own[PQ_PREFILL_TOKENS]; // all are asked for before the first is written
+    const int n = (int) min((int64_t) PQ_PREFILL_TOKENS, s.p.n_q - token0);
+    auto mask = [&](int i) { return (uint16_t *) (s.mask + (token0 + i) * s.p.mask_token_stride) + cell; };
+    auto kept = [&](int i) { return s.mask_kept + (token0 + i) * s.p.tail.n + slot; };
+#pragma unroll
+    for (int i = 0; i < PQ_PREFILL_TOKENS; i++) {
+        if (i < n) {
+            taken[i] = BEFORE ? ((const uint16_t *) (s.p.tail.mask + (token0 + i) * s.p.tail.mask_token_stride))[slot] : *kept(i);
+            own[i]   = BEFORE ? *mask(i) : 0;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < PQ_PREFILL_TOKENS; i++) {
+        if (i < n) {
+            *mask(i) = taken[i];
+            if (BEFORE) {
+                *kept(i) = own[i];
+            }
+        }
+    }
+}
+
+// Queries, then rows of the tail of K and of V, then the mask.
+// grid: n_head_kv * n_row_blocks + 2 * n_head_kv * n_slot_blocks + blocks of the mask
+__global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(const __grid_constant__ pq_prefill_args a) {
+    __shared__ __align__(16) pq_prefill_smem smem;
+    const pq_attn_params & p = a.s.p;
+    int block = blockIdx.x;
+    if (block < p.n_head_kv * a.n_row_blocks) {
+        const pq_prefill_queries rows(a, block);
+        pq_prefill_map<true>(smem, (const __half *) (p.k.codebook + rows.head_kv * a.k.head_bytes + a.k.T_inv),
+            [&](int row) { return (const float *) (p.q + rows.token(row) * p.q_token_stride + rows.head(row) * p.q_head_stride); },
+            [&](const float * q, int col) { return *(const float2 *) (q + col); },
+            [&](int row) { return row < rows.n ? a.s.q_mapped + ((int64_t) rows.token(row) * p.n_head + rows.head(row)) * PQ_PREFILL_D : nullptr; },
+            [&](float * q, int col, float2 y, bool) { *(float2 *) (q + col) = y; });
+        return;
+    }
+    block -= p.n_head_kv * a.n_row_blocks;
+    if (block < 2 * p.n_head_kv * a.n_slot_blocks) {
+        const bool is_v    = block >= p.n_head_kv * a.n_slot_blocks;
+        const int  head_kv = block / a.n_slot_blocks - (is_v ? p.n_head_kv : 0);
+        const int  slot0   = block % a.n_slot_blocks * PQ_PREFILL_ROWS;
+        const uint8_t * codebook = is_v ? p.v.codebook + head_kv * a.v.head_bytes : p.k.codebook + head_kv * a.k.head_bytes;
+        const float   * mu   = (const float *) (codebook + (is_v ? a.v.mu : a.k.mu));
+        const uint8_t * tail = is_v ? p.tail.v + head_kv * p.tail.v_head_stride : p.tail.k + head_kv * p.tail.k_head_stride;
+        const size_t    tail_row_stride = is_v ? p.tail.v_row_stride : p.tail.k_row_stride;
+        __half        * rows = (__half *) (is_v ? a.s.v_rows : a.s.k_rows) + head_kv * p.n_kv * PQ_PREFILL_D;
+        pq_prefill_map<false>(smem, (const __half *) (codebook + (is_v ? a.v.T : a.k.T)),
+            [&](int row) { return (const __half *) (tail + min((int64_t) slot0 + row, p.tail.n - 1) * tail_row_stride); },
+            [&](const __half * x, int col) {
+                const float2 f = __half22float2(*(const __half2 *) (x + col)), m = __ldg((const float2 *) (mu + col));
+                return make_float2(f.x - m.x, f.y - m.y);
+            },
+            [&](int row) {
+                const int64_t cell = slot0 + row < p.tail.n ? pq_prefill_cell(a.s, slot0 + row) : -1;
+                return cell >= 0 ? rows + cell * PQ_PREFILL_D : nullptr; // a slot that is not in use may hold NaN
+            },
+            [&](__half * x, int col, float2 y, bool) { *(__half2 *) (x + col) = __floats2half2_rn(y.x, y.y); });
+        return;
+    }
+    pq_prefill_mask<true>(a.s, block - 2 * p.n_head_kv * a.n_slot_blocks);
+}
+
+// The result in place, then the mask.
+// grid: n_head_kv * n_row_blocks + blocks of the mask
+__global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_end_kernel(const __grid_constant__ pq_prefill_args a) {
+    __shared__ __align__(16) pq_prefill_smem smem;
+    const pq_attn_params & p = a.s.p;
+    const int block = blockIdx.x;
+    if (block >= p.n_head_kv * a.n_row_blocks) {
+        pq_prefill_mask<false>(a.s, block - p.n_head_kv * a.n_row_blocks);
+        return;
+    }
+    const pq_prefill_queries rows(a, block);
+    const uint8_t * codebook = p.v.codebook + rows.head_kv * a.v.head_bytes;
+    const float   * mu       = (const float *) (codebook + a.v.mu);
+    auto at = [&](int row) { return (float *) ((uint8_t *) p.dst + rows.token(row) * p.dst_token_stride + rows.head(row) * p.dst_head_stride); };
+    pq_prefill_map<false>(smem, (const __half *) (codebook + a.v.T_inv),
+        at,
+        [&](const float * x, int col) { return *(const float2 *) (x + col); },
+        [&](int row) { return row < rows.n ? at(row) : nullptr; },
+        [&](float * x, int col, float2 y, bool seen) { // a query that sees nothing has 0, not mu
+            const float2 m = seen ? __ldg((const float2 *) (mu + col)) : make_float2(0.0f, 0.0f);
+            *(float2 *) (x + col) = make_float2(y.x + m.x, y.y + m.y);
+        });
+}
+
+} // namespace
