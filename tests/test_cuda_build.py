@@ -59,7 +59,7 @@ BUDGETS = (
     Budget("pq_decode_kernelILi[0-9]ELi[24]E", threads=256, blocks=2, spills=256),
     Budget("pq_decode_kernelILi[0-9]ELi8E", threads=256, blocks=1),  # y of head size 256 takes half the registers
     Budget("pq_decode_plain_kernel", threads=256, blocks=4),
-    Budget("pq_decode_y_kernel", threads=256, blocks=3),  # as many as the tables of pq4 leave room for
+    Budget("pq_decode_y_kernel", threads=256, blocks=4),
     Budget("pq_prefill_(begin|end)_kernel", threads=256, blocks=2),
     Budget("fill_random", threads=256, blocks=4),  # of the benchmark
     Budget("rope_(rows|turns)", threads=64, blocks=8),  # of the tests

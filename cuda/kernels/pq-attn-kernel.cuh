@@ -736,14 +736,17 @@ template <int R>
 PQ_DEVICE void merge_tail(float * o, float * ml, const float * part, int D, int nt) {
     const int nw = nt / PQ_WARP;
     const float * part_ml = part + nw * R * D;
+#pragma unroll 1
     for (int i = threadIdx.x; i < R * D; i += nt) {
         const int r = i / D;
         float top = -CUDART_INF_F;
+#pragma unroll 1
         for (int w = 0; w < nw; w++) {
             top = fmaxf(top, part_ml[2 * (w * R + r)]);
         }
         const float ref = top == -CUDART_INF_F ? 0.0f : top;
         float x = 0.0f, total = 0.0f;
+#pragma unroll 1
         for (int w = 0; w < nw; w++) {
             const float fw = pq_exp2(part_ml[2 * (w * R + r)] - ref);
             x     += part[w * R * D + i] * fw;
@@ -1014,10 +1017,10 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
     float * tail_o  = (float *) (smem + a.smem_tail); // [R][D]
     float * tail_ml = ml + 2 * NW * R;
     float * head    = tail_ml + 2 * R;
-    float * tail_part = n_tile == 0 ? (float *) smem : (float *) (smem + a.smem_tail_part);
+    auto tail_part = [&] { return n_tile == 0 ? (float *) smem : (float *) (smem + a.smem_tail_part); };
     const int nt_tail = n_slot == 0 ? 0 : n_tile == 0 ? NT : NT_TAIL;
     if (tid < nt_tail) {
-        attend_tail<L, R>(tail_part, a, rows, q_raw, list + n_tile, n_slot, slot0, stream, head_kv, nt_tail);
+        attend_tail<L, R>(tail_part(), a, rows, q_raw, list + n_tile, n_slot, slot0, stream, head_kv, nt_tail);
     } else if (n_tile > 0) {
         map_queries<L, R>(q_map, rows, q_raw, a.k, k_block, D, a.q_scale, k_coded, tid - nt_tail, NT - nt_tail);
         if constexpr (!TWO_PHASES) {
@@ -1030,9 +1033,6 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
         tail_ml[2 * tid + 1] = 0.0f;
     }
     __syncthreads();
-    if (tid < nt_tail) {
-        merge_tail<R>(tail_o, tail_ml, tail_part, D, nt_tail);
-    }
 
     uint32_t q[R][4]; // the lane's part of each query, in the order of its lookups
     if (n_tile > 0) {
@@ -1224,6 +1224,9 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
             ml[2 * (warp * R + r)]     = m[r];
             ml[2 * (warp * R + r) + 1] = x;
         }
+    }
+    if (n_slot > 0 && (n_tile == 0 || tid < NT_TAIL)) {
+        merge_tail<R>(tail_o, tail_ml, tail_part(), D, n_tile == 0 ? NT : NT_TAIL);
     }
     __syncthreads();
 #pragma unroll

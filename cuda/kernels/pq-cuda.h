@@ -110,7 +110,7 @@ struct pq_cuda_decode_side {
     const uint8_t  * tail;              // f16 [slots][n_head_kv][D], by strides
     size_t           tail_row_stride;
     size_t           tail_head_stride;
-    int32_t          in_code_space;     // rows are y, as codes say them, not y T^-1 + mu; for such sides there are no rows of the tail, and x_f16 is wanted
+    int32_t          in_code_space;     // rows are y, as codes say them, not y T^-1 + mu. For D = 128, x_f16 and no row_source
 };
 
 // Fills the sides (K and V, 1 or 2), in one launch when they have the same type and head size.
@@ -122,7 +122,7 @@ cudaError_t pq_cuda_decode_rows(const pq_cuda_decode_side * sides, int n_sides, 
 // counted. Rows of the exact tail take the places of their cells, and the mask has their columns in between.
 struct pq_cuda_prefill_step {
     pq_attn_params   p;         // pointers are to the stream
-    const uint16_t * cell_low;  // [p.tail.n]: the cell of a slot, 16 bits each; negative: the slot is not in use
+    const uint16_t * cell_low;  // [p.tail.n]: the cell of a slot, 16 bits each, no two the same; negative: the slot is not in use; n_kv or more: it is ignored
     const uint16_t * cell_high;
     float          * q_mapped;  // [n_q][n_head][D]: T^-1 q
     uint16_t       * k_rows;    // f16 [n_head_kv][n_kv][D], decoded
@@ -131,7 +131,7 @@ struct pq_cuda_prefill_step {
     uint16_t       * mask_kept; // [n_q][p.tail.n]
 };
 
-// NULL, or why this can't be done: a score then needs all of its terms, or there is nothing to map.
+// NULL, or why this can't be done: a score needs all of its terms, there is nothing to map, or rows do not lie as the kernels want them.
 const char * pq_cuda_prefill_unsupported(const pq_attn_params & p);
 
 // After K and V are decoded: makes q_mapped, puts the rows and the mask of the tail to their cells.

@@ -161,11 +161,12 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_plain_kernel(cons
 // Rows y, not mapped back, of D = 128 as f16: lookups alone, as fast as memory takes them. 16 threads share a row, so that a warp stores whole lines; the codes
 // of the next rows are on their way while these are looked up.
 // grid: (parts of the rows, heads of all sides). Dynamic shared memory: the table, f16 [M][KSUB][DSUB]
-constexpr int PQ_DECODE_Y_AHEAD = 4; // rows of a thread
-constexpr int PQ_DECODE_Y_ROWS  = PQ_DECODE_Y_AHEAD * PQ_DECODE_THREADS / 16;
+constexpr int PQ_DECODE_Y_AHEAD  = 4; // rows of a thread
+constexpr int PQ_DECODE_Y_ROWS   = PQ_DECODE_Y_AHEAD * PQ_DECODE_THREADS / 16;
+constexpr int PQ_DECODE_Y_BLOCKS = 4; // of a multiprocessor, which the registers allow; the tables of pq4 and pq2 leave room for three
 
 template <int TYPE, bool WORDS /* pq3: codes lie at multiples of 4 bytes */>
-__global__ void __launch_bounds__(PQ_DECODE_THREADS, 3) pq_decode_y_kernel(const __grid_constant__ pq_decode_args a) {
+__global__ void __launch_bounds__(PQ_DECODE_THREADS, PQ_DECODE_Y_BLOCKS) pq_decode_y_kernel(const __grid_constant__ pq_decode_args a) {
     extern __shared__ __align__(16) uint8_t pq_decode_smem[];
     __half * table = (__half *) pq_decode_smem;
     const int  n_head_0 = a.side[0].s.p.n_head_kv;

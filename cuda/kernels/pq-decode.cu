@@ -28,7 +28,7 @@ template <int TYPE>
 static decode_shape get_shape(int D, bool has_transform, bool in_code_space, bool f16, uintptr_t codes) {
     if (in_code_space) {
         constexpr bool WORDS = TYPE == PQ_TYPE_PQ3;
-        return { codes % 4 == 0 ? pq_decode_y_kernel<TYPE, WORDS> : pq_decode_y_kernel<TYPE, false>, 1, D, 0, PQ_DECODE_Y_ROWS, 2048 / PQ_DECODE_THREADS };
+        return { codes % 4 == 0 ? pq_decode_y_kernel<TYPE, WORDS> : pq_decode_y_kernel<TYPE, false>, 1, D, 0, PQ_DECODE_Y_ROWS, PQ_DECODE_Y_BLOCKS };
     }
     if (!has_transform) {
         return { pq_decode_plain_kernel<TYPE>, 1, D, 0, 1, 2 };

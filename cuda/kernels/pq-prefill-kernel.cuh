@@ -7,6 +7,8 @@
 // are mapped forth, (x - mu) T, and take the places of their cells. The mask takes the tail's columns there while attention runs, and has its own back
 // afterwards: a merged copy of it would be as large as the whole mask.
 //
+// Rows y lie in f16 and a flash attention may add them up in it, as it does with rows x: their mean, which mu takes out, is what grows with the context.
+//
 // A block maps 128 rows of a head, a warp 16 of them with tensor-core products. Rows are split into two halves each, so that products are as good as those of
 // floats. D = 128.
 #pragma once
@@ -39,7 +41,7 @@ struct pq_prefill_args {
 
 // Rows of a warp, times a map of a head: its rows are what an element of the input adds to the result, or, BY_ROW, each makes one element of it.
 // from(row): a row of the block, or any other that can be read where there is none; load(it, col): its elements col, col + 1.
-// to(row): where the result goes, or NULL; store(it, col, value, whether the row has anything but zeros).
+// to(row): where the result goes, or NULL; store(it, col, value).
 template <bool BY_ROW, class FROM, class LOAD, class TO, class STORE>
 __device__ __forceinline__ void pq_prefill_map(pq_prefill_smem & m, const __half * map, FROM from, LOAD load, TO to, STORE store) {
     constexpr int KS = PQ_PREFILL_D / 16;
@@ -53,7 +55,7 @@ __device__ __forceinline__ void pq_prefill_map(pq_prefill_smem & m, const __half
     const int row  = threadIdx.x / 32 * 16 + g; // of the block, and row + 8
     const auto src0 = from(row), src1 = from(row + 8);
     const auto dst0 = to(row),   dst1 = to(row + 8);
-    uint32_t hi[KS][4], lo[KS][4], seen[2] = { 0, 0 };
+    uint32_t hi[KS][4], lo[KS][4];
 #pragma unroll
     for (int k = 0; k < KS; k++) {
 #pragma unroll
@@ -64,13 +66,7 @@ __device__ __forceinline__ void pq_prefill_map(pq_prefill_smem & m, const __half
             const __half2 l = __floats2half2_rn(x.x - f.x, x.y - f.y);
             hi[k][i] = *(const uint32_t *) &h;
             lo[k][i] = *(const uint32_t *) &l;
-            seen[i % 2] |= __float_as_uint(x.x) << 1 | __float_as_uint(x.y) << 1;
         }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) { // the four lanes of a row
-        seen[i] |= __shfl_xor_sync(0xffffffff, seen[i], 1);
-        seen[i] |= __shfl_xor_sync(0xffffffff, seen[i], 2);
     }
     pq_cp_async_wait();
     __syncthreads();
@@ -94,10 +90,10 @@ __device__ __forceinline__ void pq_prefill_map(pq_prefill_smem & m, const __half
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             if (dst0) {
-                store(dst0, n + 8 * j + 2 * t, make_float2(acc[j][0], acc[j][1]), seen[0] != 0);
+                store(dst0, n + 8 * j + 2 * t, make_float2(acc[j][0], acc[j][1]));
             }
             if (dst1) {
-                store(dst1, n + 8 * j + 2 * t, make_float2(acc[j][2], acc[j][3]), seen[1] != 0);
+                store(dst1, n + 8 * j + 2 * t, make_float2(acc[j][2], acc[j][3]));
             }
         }
     }
@@ -165,7 +161,7 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(co
             [&](int row) { return (const float *) (p.q + rows.token(row) * p.q_token_stride + rows.head(row) * p.q_head_stride); },
             [&](const float * q, int col) { return *(const float2 *) (q + col); },
             [&](int row) { return row < rows.n ? a.s.q_mapped + ((int64_t) rows.token(row) * p.n_head + rows.head(row)) * PQ_PREFILL_D : nullptr; },
-            [&](float * q, int col, float2 y, bool) { *(float2 *) (q + col) = y; });
+            [&](float * q, int col, float2 y) { *(float2 *) (q + col) = y; });
         return;
     }
     block -= p.n_head_kv * a.n_row_blocks;
@@ -188,7 +184,9 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(co
                 const int64_t cell = slot0 + row < p.tail.n ? pq_prefill_cell(a.s, slot0 + row) : -1;
                 return cell >= 0 ? rows + cell * PQ_PREFILL_D : nullptr; // a slot that is not in use may hold NaN
             },
-            [&](__half * x, int col, float2 y, bool) { *(__half2 *) (x + col) = __floats2half2_rn(y.x, y.y); });
+            [&](__half * x, int col, float2 y) { // one row that overflows would be NaN in the results of all queries
+                *(__half2 *) (x + col) = __floats2half2_rn(fminf(fmaxf(y.x, -65504.0f), 65504.0f), fminf(fmaxf(y.y, -65504.0f), 65504.0f));
+            });
         return;
     }
     pq_prefill_mask<true>(a.s, block - 2 * p.n_head_kv * a.n_slot_blocks);
@@ -212,8 +210,8 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_end_kernel(cons
         at,
         [&](const float * x, int col) { return *(const float2 *) (x + col); },
         [&](int row) { return row < rows.n ? at(row) : nullptr; },
-        [&](float * x, int col, float2 y, bool seen) { // a query that sees nothing has 0, not mu
-            const float2 m = seen ? __ldg((const float2 *) (mu + col)) : make_float2(0.0f, 0.0f);
+        [&](float * x, int col, float2 y) {
+            const float2 m = __ldg((const float2 *) (mu + col));
             *(float2 *) (x + col) = make_float2(y.x + m.x, y.y + m.y);
         });
 }

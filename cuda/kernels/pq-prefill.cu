@@ -13,8 +13,10 @@ const char * pq_cuda_prefill_unsupported(const pq_attn_params & p) {
     if (p.logit_softcap != 0.0f || p.sinks) {
         return "scores without q.mu are not good enough for a softcap or for sinks";
     }
-    const uintptr_t floats = (uintptr_t) p.q | p.q_token_stride | p.q_head_stride | (uintptr_t) p.dst | p.dst_token_stride | p.dst_head_stride;
-    const uintptr_t halves = (uintptr_t) p.tail.k | p.tail.k_row_stride | p.tail.k_head_stride | (uintptr_t) p.tail.v | p.tail.v_row_stride | p.tail.v_head_stride;
+    const uintptr_t floats = (uintptr_t) p.q | p.q_token_stride | p.q_head_stride | p.q_stream_stride |
+                             (uintptr_t) p.dst | p.dst_token_stride | p.dst_head_stride | p.dst_stream_stride;
+    const uintptr_t halves = (uintptr_t) p.tail.k | p.tail.k_row_stride | p.tail.k_head_stride | p.tail.k_stream_stride |
+                             (uintptr_t) p.tail.v | p.tail.v_row_stride | p.tail.v_head_stride | p.tail.v_stream_stride;
     if (floats % 8 != 0 || (p.tail.n > 0 && halves % 4 != 0)) {
         return "rows of queries or results are not at multiples of 8 bytes, or those of the tail not of 4";
     }

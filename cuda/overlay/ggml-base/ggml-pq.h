@@ -24,8 +24,10 @@
 // The tail's mask may end in two more rows, which say whose rows the slots hold: row n_q has the low, row n_q + 1 the high 16
 // bits of each slot's cell (an index into K and V of this op), all ones for a slot of no cell. Then a cell with a slot is -inf
 // in the mask for every query, a slot without a cell is -inf in the tail's mask for every query, and a slot with a cell holds
-// finite values. So a backend may put the rows of the tail in the place of their cells and attend to n_kv columns; many queries
+// finite values, and no two slots have the same cell. So a backend may put the rows of the tail in the place of their cells and attend to n_kv columns; many queries
 // at once need this on CUDA. They ride on the mask because FLASH_ATTN_EXT has no source left.
+//
+// Such a mask is memory that the op may write: CUDA puts the tail's columns into it and has its own back before the op is over. Nothing else reads it meanwhile.
 #pragma once
 
 #include "ggml.h"

@@ -10,9 +10,9 @@
 // Attention to many tokens: the part of the cache in use as f16 rows, and the backend's own flash attention on them. Scratch is as large as that part, and
 // goes back to the pool after the op. There are two ways:
 //
-//   in the space of codes   rows of K and V are looked up and not mapped back; queries and results are mapped instead (pq-prefill-kernel.cuh). Less
-//                           work once the context has more rows than the queries
-//   as rows of K and V      in all other cases: other head sizes, sides without codes, softcap, sinks
+//   in the space of codes   rows of K and V are looked up and not mapped back; queries and results are mapped instead (pq-prefill-kernel.cuh). For contexts
+//                           that are long enough, of D = 128, with maps on both sides, without softcap and sinks
+//   as rows of K and V      in all other cases
 //
 // For the latter columns of the scratch are the cells of one stream, padded to FATTN_KQ_STRIDE: K and V are f16 [n_head_kv][n_cols][D], the mask is
 // f16 [n_q][n_cols]. The exact tail adds none: its rows, and the columns of its mask, go to the places of their cells.
@@ -252,9 +252,11 @@ static pq_cuda_decode_side coded_side(const pq_attn_params & p, const pq_attn_si
 
 // ---- in the space of codes ----
 
+// Mapping a row of queries, results or the tail takes as long as is saved with four rows of K and V, and two launches as long as with 50000 (H100 and H200, kernels alone;
+// in a model measured at 32768 cells only).
 static bool pays_in_code_space(const pq_attn_params & p) {
-    const bool rows_fit = p.n_kv == get_n_cols(p) && p.mask && (p.mask_token_stride | p.mask_stream_stride | (uintptr_t) p.mask) % 16 == 0;
-    return rows_fit && p.n_kv * p.n_head_kv > p.n_q * p.n_head && !pq_cuda_prefill_unsupported(p);
+    const bool mask_fits = p.n_kv == get_n_cols(p) && p.mask && (p.mask_token_stride | p.mask_stream_stride | (uintptr_t) p.mask) % 16 == 0;
+    return mask_fits && p.n_kv * p.n_head_kv > 4 * (p.n_q * p.n_head + p.tail.n * p.n_head_kv) + 50000 && !pq_cuda_prefill_unsupported(p);
 }
 
 static void prefill_in_code_space(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p) {
@@ -279,7 +281,7 @@ static void prefill_in_code_space(ggml_backend_cuda_context & ctx, const ggml_te
         step.p.q    += s * p.q_stream_stride;
         step.p.dst   = (float *) ((char *) p.dst + s * p.dst_stream_stride);
         step.p.mask += s % p.n_stream_mask * p.mask_stream_stride;
-        step.mask    = const_cast<uint8_t *>(step.p.mask); // an input of the graph, which has its values back before anything else reads it
+        step.mask    = const_cast<uint8_t *>(step.p.mask); // which has its values back before anything else reads it (ggml-pq.h)
         if (p.tail.n > 0) {
             step.p.tail.k    += s * p.tail.k_stream_stride;
             step.p.tail.v    += s * p.tail.v_stream_stride;

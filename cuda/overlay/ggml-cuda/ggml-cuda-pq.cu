@@ -199,6 +199,7 @@ static bool is_input(const ggml_tensor * t) {
 
 // Whether masks were complete, and what earlier graphs wrote, before the kernel ahead began. Those that are inputs are copied to the device before the graph
 // begins, and kernels start early only after one that lets them: products with weights, which every layer has before its attention, do so at their end.
+// (Prefill changes a mask for a while, and has restored it before the product that follows begins.)
 static bool masks_settled(const ggml_tensor * op) {
     const ggml_tensor * tail_mask = op->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK];
     return is_input(op->src[3]) && (!tail_mask || is_input(tail_mask));
