@@ -22,7 +22,7 @@ void run_items(int64_t n_items, size_t scratch_bytes, int n_threads, F fn) {
     }
     std::atomic<int64_t> next{0};
     auto work = [&]() {
-        std::vector<uint8_t> scratch(scratch_bytes);
+        std::vector<uint8_t> scratch(scratch_bytes); // zeros, which is what pq_attn_scratch_begin is for
         for (int64_t i = next++; i < n_items; i = next++) {
             fn(i, scratch.data());
         }

@@ -128,6 +128,11 @@ size_t pq_attn_scratch_size(const pq_attn_params * p) {
     return pq_arena_bytes(&a);
 }
 
+void pq_attn_scratch_begin(void * scratch) {
+    pq_arena a = pq_arena_begin(scratch);
+    *pq_take<int64_t>(&a, 1) = 0; // pq_attn_scratch::mapped
+}
+
 void pq_attn_item(const pq_attn_params * p, int64_t item, void * partials, void * scratch) {
     pq_kernels_current()->attn_item(p, item, partials, scratch);
 }

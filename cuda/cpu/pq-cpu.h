@@ -43,11 +43,12 @@ PQ_API void    pq_decode_item        (const struct pq_decode_params * p, int64_t
 // ---- attention ----
 
 // The split over the context is fixed by the shapes and not by the number of threads, so that
-// results do not depend on it.
+// results do not depend on it. A thread's scratch keeps the mapped queries for its next item, as long as that has the same.
 PQ_API int64_t pq_attn_n_items       (const struct pq_attn_params * p);
 PQ_API int64_t pq_attn_n_reduce_items(const struct pq_attn_params * p); // 0: the items wrote the result already
 PQ_API size_t  pq_attn_partials_size (const struct pq_attn_params * p); // bytes shared by all items
 PQ_API size_t  pq_attn_scratch_size  (const struct pq_attn_params * p); // bytes per thread
+PQ_API void    pq_attn_scratch_begin (void * scratch); // by each thread, before its first item of p
 PQ_API void    pq_attn_item          (const struct pq_attn_params * p, int64_t item, void * partials, void * scratch);
 PQ_API void    pq_attn_reduce_item   (const struct pq_attn_params * p, int64_t item, void * partials, void * scratch);
 

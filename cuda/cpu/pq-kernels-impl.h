@@ -512,6 +512,7 @@ struct attn_item_ctx {
     size_t          mask_token_stride, mask_head_stride;
     int32_t         n_head_mask;
     int64_t         kv0, kv1;         // its cells
+    int64_t         base;             // the item without its part
     bool            has_queries;      // s.qt and s.q_mu hold the queries for k
 };
 
@@ -588,6 +589,7 @@ void attn_begin(attn_item_ctx * c, const pq_attn_params * p, int64_t base, void 
     c->s = pq_attn_carve(&a, &c->pl);
 
     const int64_t block = base % c->pl.n_block;
+    c->base    = base;
     c->head_kv = base / c->pl.n_block % p->n_head_kv;
     c->stream  = base / c->pl.n_block / p->n_head_kv;
     c->tok0    = block * c->pl.n_tok;
@@ -616,13 +618,18 @@ void attn_queries(attn_item_ctx * c) {
         return;
     }
     c->has_queries = true;
+    const bool map = c->k_block.T_inv != NULL;
+    if (map && *c->s.mapped == c->base + 1) { // an item of the same queries was here before
+        return;
+    }
+    *c->s.mapped = map ? c->base + 1 : 0;
     const pq_attn_params * p = c->p;
     const int64_t D = c->k.D, ld = c->pl.dk;
     const int64_t rows = pq_max(c->n_rows, c->pl.rp); // those past n_rows fill up a vector
 
-    float * q = c->k_block.T_inv ? c->s.q : c->s.qt;
+    float * q = map ? c->s.q : c->s.qt;
     memset(q, 0, (size_t) (rows * ld) * sizeof(float));
-    if (c->k_block.T_inv) {
+    if (map) {
         memset(c->s.qt, 0, (size_t) (rows * ld) * sizeof(float));
     }
     memset(c->s.q_mu, 0, (size_t) rows * sizeof(float));
@@ -637,10 +644,10 @@ void attn_queries(attn_item_ctx * c) {
             c->s.q_mu[r] = V8::hsum(sum);
         }
     }
-    const uint16_t * T_inv = c->k_block.T_inv;
-    if (!T_inv) {
+    if (!map) {
         return;
     }
+    const uint16_t * T_inv = c->k_block.T_inv;
     switch (c->pl.rp) {
         case 1:  map_few<1>(q, ld, T_inv, D, c->s.qt, ld); break;
         case 2:  map_few<2>(q, ld, T_inv, D, c->s.qt, ld); break;

@@ -150,6 +150,7 @@ static inline pq_attn_plan pq_attn_make_plan(const pq_attn_params * p) {
 }
 
 struct pq_attn_scratch {
+    int64_t * mapped; // the base item, plus one, whose mapped queries qt and q_mu hold from an item before; 0: none's
     float * q;      // [rows][dk]; later the output mapped back, [rows][dv]
     float * qt;     // [rows][dk] queries as they meet K: mapped for codes
     float * q_mu;   // [rows]
@@ -176,6 +177,7 @@ static inline pq_attn_scratch pq_attn_carve(pq_arena * a, const pq_attn_plan * p
     const int64_t rows  = pq_max(pl->n_rows, pl->rp);
     const int64_t d_max = pq_max(pl->dk, pl->dv);
     pq_attn_scratch s;
+    s.mapped = pq_take<int64_t>(a, 1); // the first: pq_attn_scratch_begin
     s.q     = pq_take<float>(a, rows * d_max);
     s.qt    = pq_take<float>(a, rows * pl->dk);
     s.q_mu  = pq_take<float>(a, rows);

@@ -1118,6 +1118,7 @@ static timing time_attn(const attn_data & d) {
     const pq_attn_params p = d.params(out.data());
     std::vector<uint8_t> partials(pq_attn_partials_size(&p)), scratch(pq_attn_scratch_size(&p));
     return time_ns([&] {
+        pq_attn_scratch_begin(scratch.data());
         for (int64_t i = 0; i < pq_attn_n_items(&p); i++)        { pq_attn_item(&p, i, partials.data(), scratch.data()); }
         for (int64_t i = 0; i < pq_attn_n_reduce_items(&p); i++) { pq_attn_reduce_item(&p, i, partials.data(), scratch.data()); }
     });

@@ -134,6 +134,7 @@ bool ggml_cpu_pq_compute_forward(ggml_compute_params * params, ggml_tensor * op)
         const size_t shared   = pq_attn_partials_size(&p);
         uint8_t    * partials = (uint8_t *) GGML_PAD((uintptr_t) params->wdata, SCRATCH_ALIGN);
         uint8_t    * scratch  = thread_scratch(params, shared, pq_attn_scratch_size(&p));
+        pq_attn_scratch_begin(scratch);
         for_each_item(params, pq_attn_n_items(&p), [&](int64_t i) { kernels->attn_item(&p, i, partials, scratch); });
         const int64_t n_reduce = pq_attn_n_reduce_items(&p);
         if (n_reduce > 0) {
