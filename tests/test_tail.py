@@ -109,8 +109,8 @@ def test_sequences_keep_tails_of_their_own(demo_gguf: Path, tokens: list[int], u
 
 @pytest.mark.parametrize("unified", [False, True])
 def test_a_copied_sequence_is_correct(demo_gguf: Path, tokens: list[int], unified: bool) -> None:
-    """Its tail may be dropped: then its codes are read, and the error is that of a cache without a tail."""
-    results = {0: 0.0, 64: 0.0}
+    """Its tail may be dropped: then its codes are read, and the error is that of a cache with the new token alone in its tail."""
+    results = {1: 0.0, 64: 0.0}
     for start in range(0, 48, 6):  # the error of one token says little
         prompt = tokens[start : start + 100]
         with closing(LowLevel(demo_gguf, "f16", N_CTX, 2, unified=unified)) as run:
@@ -121,7 +121,7 @@ def test_a_copied_sequence_is_correct(demo_gguf: Path, tokens: list[int], unifie
                 run.low.llama_memory_seq_cp(run.memory, 0, 1, -1, -1)
                 run.low.llama_memory_seq_rm(run.memory, 0, -1, -1)
                 results[n_tail] += nmse(run.decode([(prompt[99], 99, 1)])[0], want)
-    assert results[64] <= 1.05 * results[0]
+    assert 0.0 < results[64] <= 1.001 * results[1]
 
 
 def test_rolled_back_tokens_leave_no_trace(demo_gguf: Path, tokens: list[int]) -> None:
