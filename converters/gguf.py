@@ -333,7 +333,7 @@ def _train(
                         sample,
                         spec,
                         seed,
-                        T=basis.transform(spec.dsub),
+                        T=basis.transform(spec),
                         stretch=_STRETCH_K if kind == K else 1.0,
                         n_threads=n_threads or 0,
                     )

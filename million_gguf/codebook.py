@@ -1,7 +1,8 @@
 """Trains the codebooks of one layer and side (K or V) from rows that the cache would store.
 
-Every subspace of every head is a small k-means problem of its own (n points, dsub 2 or 4, ksub 64 or 256), and a model
-has thousands of them: they are solved together. Each problem is
+Every code of every head is a small k-means problem of its own (n points, 2 or 4 dims, 256 centroids), and a model has thousands
+of them: those with as many dims are solved together. Subspaces that share a code (pq3) are one problem, whose centroids are
+then split among them. Each problem is
 
 1. seeded by D^2 sampling (k-means++, Arthur & Vassilvitskii 2007) in a few batches that double in size instead of one
    centroid at a time, which is k-means|| (Bahmani et al. 2012) on a subsample;
@@ -131,15 +132,21 @@ def train_side(
         if T16 is not None:
             y = y @ T16[h].astype(np.float32)
             T_inv = np.linalg.inv(T16[h].astype(np.float64))
-        x = _split(y, spec.dsub)
-        trained_on = x
-        if stretch != 1.0:
-            trained_on = x.copy()
-            trained_on[:, 1::2] *= np.float32(stretch)
-        c = _solve(trained_on, spec.ksub, np.random.default_rng([seed, h]), points_on, threads_each)
+        rng = np.random.default_rng([seed, h])
+        by_element = np.empty((D, spec.ksub), dtype=np.float32)
+        for elements in spec.elements_of_codes(D):
+            x = _points_of(y, elements)
+            if stretch != 1.0:
+                x[:, 1::2] *= np.float32(stretch)
+            c = _solve(x, spec.ksub, rng, points_on, threads_each)
+            by_element[elements] = c.transpose(0, 2, 1)
         # Values beyond f16 can only come from rows that far out; clipping keeps the codebook finite and valid.
-        centroids[h] = np.clip(c, -_F16_MAX, _F16_MAX)
-        return _squared_error(x, centroids[h], T_inv, threads_each), deviation
+        by_element = np.clip(by_element, -_F16_MAX, _F16_MAX)
+        centroids[h] = by_element.reshape(M, spec.dsub, spec.ksub).transpose(0, 2, 1)
+        if T_inv is None:
+            return _squared_error(y, spec, centroids[h], threads_each), deviation
+        residual = _residual(y, spec, centroids[h], threads_each) @ T_inv.astype(np.float32)
+        return float(np.square(residual, dtype=np.float64).sum()), deviation
 
     error = power = 0.0
     with ThreadPoolExecutor(n_workers) as pool:
@@ -169,16 +176,22 @@ def head_errors(cb: Codebook, rows: npt.NDArray[np.floating], *, n_threads: int 
         y = rows[:, h].astype(np.float32) - cb.mu[h]
         if cb.T is not None:
             y = y @ cb.T[h].astype(np.float32)
-        points = _CpuPoints(_split(y, cb.spec.dsub), native.thread_count(n_threads))
         deviation = np.square(y, dtype=np.float64).sum()
         if deviation > 0.0:
-            out[h] = points.lloyd(y.shape[0], cb.centroids[h].astype(np.float32))[2].sum() / deviation
+            out[h] = _squared_error(y, cb.spec, cb.centroids[h], native.thread_count(n_threads)) / deviation
     return out
 
 
-def _split(y: F32, dsub: int) -> F32:
-    """Rows ``[n, D]`` of one head -> points ``[M, n, dsub]``, contiguous."""
-    return np.ascontiguousarray(y.reshape(y.shape[0], -1, dsub).transpose(1, 0, 2))
+def _points_of(y: F32, elements: npt.NDArray[np.intp]) -> F32:
+    """Rows ``[n, D]`` of one head -> points ``[codes, n, dims]``, contiguous, of the codes with these elements ``[codes, dims]``."""
+    return np.ascontiguousarray(y[:, elements].transpose(1, 0, 2))
+
+
+def _centroids_of(centroids: npt.NDArray[np.float16], elements: npt.NDArray[np.intp]) -> F32:
+    """Centroids ``[M, ksub, dsub]`` of one head -> ``[codes, ksub, dims]``, contiguous, of the codes with these elements."""
+    M, ksub, dsub = centroids.shape
+    by_element = centroids.astype(np.float32).transpose(0, 2, 1).reshape(M * dsub, ksub)
+    return np.ascontiguousarray(by_element[elements].transpose(0, 2, 1))
 
 
 def _centered(rows: npt.NDArray[np.floating]) -> tuple[F32, F32, float]:
@@ -192,14 +205,22 @@ def _centered(rows: npt.NDArray[np.floating]) -> tuple[F32, F32, float]:
     return x, mu, float(np.square(x, dtype=np.float64).sum())
 
 
-def _squared_error(x: F32, centroids: npt.NDArray[np.float16], T_inv: F64 | None, n_threads: int) -> float:
-    """Sum of squared errors of one head, in x: points ``[M, n, dsub]``, centroids ``[M, ksub, dsub]``."""
-    points = _CpuPoints(x, n_threads)
-    c = centroids.astype(np.float32)
-    if T_inv is None:
-        return float(points.lloyd(x.shape[1], c)[2].sum())
-    residual = points.residuals(c).transpose(1, 0, 2).reshape(x.shape[1], -1)
-    return float(np.square(residual @ T_inv.astype(np.float32), dtype=np.float64).sum())
+def _squared_error(y: F32, spec: PQSpec, centroids: npt.NDArray[np.float16], n_threads: int) -> float:
+    """Sum of squared errors in y of one head: rows ``[n, D]``, centroids ``[M, ksub, dsub]``."""
+    error = 0.0
+    for elements in spec.elements_of_codes(y.shape[1]):
+        points = _CpuPoints(_points_of(y, elements), n_threads)
+        error += float(points.lloyd(y.shape[0], _centroids_of(centroids, elements))[2].sum())
+    return error
+
+
+def _residual(y: F32, spec: PQSpec, centroids: npt.NDArray[np.float16], n_threads: int) -> F32:
+    """Rows ``[n, D]`` of one head minus what their codes stand for."""
+    out = np.empty_like(y)
+    for elements in spec.elements_of_codes(y.shape[1]):
+        points = _CpuPoints(_points_of(y, elements), n_threads)
+        out[:, elements] = points.residuals(_centroids_of(centroids, elements)).transpose(1, 0, 2)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -36,14 +36,14 @@ from .errors import FormatError, InputError, MismatchError
 from .pq_ref import Codebook
 from .spec import PQ_TYPES, PQSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PREFIX = "million."
 
 _BLOB_MAGIC = b"MPQB"
-_BLOB_VERSION = 1
+_BLOB_VERSION = 2
 _BLOB_HEADER = struct.Struct(
     "<4sI6HIII"
-)  # magic, version, D, n_head_kv, M, dsub, nbits, flags, payload bytes, crc32, 0
+)  # magic, version, D, n_head_kv, M, dsub, bytes of codes per head, flags, payload bytes, crc32, 0
 _BLOB_TRANSFORM = 1  # flag: a transform is stored
 # What is recorded per layer and KV head beside each codebook, for people: no program needs it to run the model.
 # Errors are squared error over squared deviation in y, where an error costs what it costs the model (transform.py).
@@ -377,7 +377,7 @@ def codebook_to_blob(cb: Codebook) -> bytes:
         cb.n_head_kv,
         cb.M,
         s.dsub,
-        s.nbits,
+        cb.head_bytes,
         flags,
         len(payload),
         zlib.crc32(payload),
@@ -394,21 +394,14 @@ def blob_to_codebook(blob: bytes, spec: PQSpec, where: str = "codebook") -> Code
     """
     if len(blob) < _BLOB_HEADER.size:
         raise FormatError(f"{where}: found {len(blob)} bytes, need a header of {_BLOB_HEADER.size}: {_RECALIBRATE}")
-    magic, version, D, n_head_kv, M, dsub, nbits, flags, n, crc, zero = _BLOB_HEADER.unpack_from(blob)
+    magic, version, D, n_head_kv, M, dsub, head_bytes, flags, n, crc, zero = _BLOB_HEADER.unpack_from(blob)
     if magic != _BLOB_MAGIC:
         raise FormatError(f"{where}: found magic {magic!r}, need {_BLOB_MAGIC!r}: {_RECALIBRATE}")
     if version != _BLOB_VERSION:
-        raise FormatError(
-            f"{where}: found blob version {version}, need {_BLOB_VERSION}: update million-gguf or {_RECALIBRATE}"
-        )
+        raise _other_version(f"{where}: found blob version", version, _BLOB_VERSION)
     if flags & ~_BLOB_TRANSFORM or zero != 0:
         raise FormatError(
             f"{where}: found flags {flags:#x} and reserved {zero}, need flags 0 or 1 and 0: {_RECALIBRATE}"
-        )
-    if (dsub, nbits) != (spec.dsub, spec.nbits):
-        raise MismatchError(
-            f"{where}: found dsub {dsub} and nbits {nbits}, {spec.name} needs {spec.dsub} and {spec.nbits}: "
-            f"{_RECALIBRATE}"
         )
     if n_head_kv == 0:
         raise FormatError(f"{where}: found 0 KV heads, need at least 1: {_RECALIBRATE}")
@@ -416,6 +409,11 @@ def blob_to_codebook(blob: bytes, spec: PQSpec, where: str = "codebook") -> Code
         spec.check_head_size(D)
     except MismatchError as e:
         raise MismatchError(f"{where}: {e}") from None
+    if (dsub, head_bytes) != (spec.dsub, spec.head_bytes(D)):
+        raise MismatchError(
+            f"{where}: found dsub {dsub} and {head_bytes} bytes of codes per head, {spec.name} of head size {D} needs "
+            f"{spec.dsub} and {spec.head_bytes(D)}: {_RECALIBRATE}"
+        )
     if spec.n_subspaces(D) != M:
         raise FormatError(f"{where}: found M {M} for head size {D}, need {spec.n_subspaces(D)}: {_RECALIBRATE}")
     has_transform = bool(flags & _BLOB_TRANSFORM)
@@ -446,6 +444,11 @@ def blob_to_codebook(blob: bytes, spec: PQSpec, where: str = "codebook") -> Code
     )
     _check_values(cb, where)
     return cb
+
+
+def _other_version(found: str, version: int, need: int) -> FormatError:
+    advice = _RECALIBRATE if version < need else f"update million-gguf or {_RECALIBRATE}"
+    return FormatError(f"{found} {version}, need {need}: {advice}")
 
 
 def _check_values(cb: Codebook, where: str) -> None:
@@ -659,9 +662,7 @@ def _read(h: GGUFHeader) -> CodebookSet:
         raise FormatError(f"{h.path}: found no codebooks, need the million.* metadata: run 'million calibrate' on it")
     version = get("version", GGUFValueType.UINT32)
     if version != FORMAT_VERSION:
-        raise FormatError(
-            f"{h.path}: found million.version {version}, need {FORMAT_VERSION}: update million-gguf or {_RECALIBRATE}"
-        )
+        raise _other_version(f"{h.path}: found million.version", version, FORMAT_VERSION)
     names = get_array("types", GGUFValueType.STRING, None)
     if not names or len(set(names)) != len(names) or any(n not in PQ_TYPES for n in names):
         raise fail(f"million.types: found {names}, need distinct names out of {', '.join(PQ_TYPES)}")

@@ -5,9 +5,11 @@ The C++ and CUDA kernels are tested against this file. It is written to be read:
 Method: MILLION (DAC'25, arXiv 2504.03661), product quantization after Jegou et al. (PAMI 2011), with a linear map per
 layer and KV head (``docs/format.md``, section *Codes*)::
 
-    y  = (f16(x) - mu) T                             encode: code m = nearest centroid to y[m*dsub:(m+1)*dsub]
+    y  = (f16(x) - mu) T                             encode: code = nearest centroid to y[m*dsub:(m+1)*dsub]
     x^ = y^ T^-1 + mu                                decode: y^ is the concatenation of the chosen centroids
     q.x^ = (T^-1 q).y^ + q.mu                        what the kernels use; ``lut_scores`` computes it so
+
+A code that two subspaces share (pq3) is nearest by the sum of both distances: of centroids with one index, side by side.
 
 Rows are rounded to f16 before anything else, to nearest even: the codes are those of the row that an f16 cache would hold, and
 may as well be made later, from the exact tail. T^-1 is the inverse of the stored T, rounded to f16.
@@ -82,7 +84,7 @@ class Codebook:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of the codes of one head of one token."""
+        """Codes of one head of one token, a byte each."""
         return self.spec.head_bytes(self.D)
 
     @cached_property
@@ -108,32 +110,6 @@ class Codebook:
 
 
 # ---- codes ----
-
-
-def pack(spec: PQSpec, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
-    """Codes as the cache stores them: ``[..., M]`` integers below ksub -> u8 ``[..., M*nbits/8]``.
-
-    A little-endian bit string: bit b of code m is bit ``m*nbits + b``, which is bit ``% 8`` of byte ``// 8``.
-    Raises MismatchError when the codes do not fill whole bytes, or one is not below ksub.
-    """
-    M = indices.shape[-1]
-    if M * spec.nbits % 8 != 0:
-        raise MismatchError(f"{spec.name}: {M} codes of {spec.nbits} bits do not fill whole bytes")
-    if indices.size and (indices.min() < 0 or indices.max() >= spec.ksub):
-        raise MismatchError(f"{spec.name}: found code {indices.min()}..{indices.max()}, need 0..{spec.ksub - 1}")
-    bits = (indices[..., :, None].astype(np.uint8) >> np.arange(spec.nbits, dtype=np.uint8)) & 1
-    return np.packbits(bits.reshape(*indices.shape[:-1], M * spec.nbits), axis=-1, bitorder="little")
-
-
-def unpack(spec: PQSpec, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Inverse of ``pack``: u8 ``[..., M*nbits/8]`` -> u8 ``[..., M]``. Raises MismatchError on a broken code."""
-    n_bits = codes.shape[-1] * 8
-    if n_bits % spec.nbits != 0:
-        raise MismatchError(f"{spec.name}: {codes.shape[-1]} bytes do not hold whole codes of {spec.nbits} bits")
-    bits = np.unpackbits(np.ascontiguousarray(codes), axis=-1, bitorder="little")
-    bits = bits.reshape(*codes.shape[:-1], n_bits // spec.nbits, spec.nbits)
-    out: npt.NDArray[np.uint8] = (bits << np.arange(spec.nbits, dtype=np.uint8)).sum(axis=-1, dtype=np.uint8)
-    return out
 
 
 def to_f16(x: npt.ArrayLike) -> npt.NDArray[np.float16]:
@@ -165,28 +141,32 @@ def distances(cb: Codebook, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float6
     return d
 
 
-def encode_indices(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-    """Index of the nearest centroid, ties to the lowest: ``[n, n_head_kv, D]`` -> u8 ``[n, n_head_kv, M]``.
-
-    ``x`` is rounded to f16 first. Raises MismatchError when its shape is not that of the codebook.
-    """
-    x = to_f16(_check_rows(cb, x))
-    out = np.empty((x.shape[0], cb.n_head_kv, cb.M), dtype=np.uint8)
-    step = max(1, _CHUNK_ELEMS // (cb.n_head_kv * cb.M * cb.spec.ksub))
-    for i in range(0, x.shape[0], step):
-        # np.argmin returns the first of equal minima, which is the rule for ties.
-        out[i : i + step] = distances(cb, transform(cb, x[i : i + step])).argmin(axis=-1)
+def code_distances(cb: Codebook, y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """What each code would cost, summed over its subspaces: y f64 ``[n, n_head_kv, D]`` -> f64 ``[n, n_head_kv, head_bytes, ksub]``."""
+    d = distances(cb, y)
+    out = np.zeros((*d.shape[:2], cb.head_bytes, cb.spec.ksub))
+    for m, code in enumerate(cb.spec.code_of_subspace(cb.D)):
+        out[:, :, code] += d[:, :, m]
     return out
 
 
 def encode(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-    """Rows as the cache would store them -> codes: ``[n, n_head_kv, D]`` -> u8 ``[n, n_head_kv, head_bytes]``."""
-    return pack(cb.spec, encode_indices(cb, x))
+    """Rows as the cache would store them -> codes, ties to the lowest: ``[n, n_head_kv, D]`` -> u8 ``[n, n_head_kv, head_bytes]``.
+
+    ``x`` is rounded to f16 first. Raises MismatchError when its shape is not that of the codebook.
+    """
+    x = to_f16(_check_rows(cb, x))
+    out = np.empty((x.shape[0], cb.n_head_kv, cb.head_bytes), dtype=np.uint8)
+    step = max(1, _CHUNK_ELEMS // (cb.n_head_kv * cb.M * cb.spec.ksub))
+    for i in range(0, x.shape[0], step):
+        # np.argmin returns the first of equal minima, which is the rule for ties.
+        out[i : i + step] = code_distances(cb, transform(cb, x[i : i + step])).argmin(axis=-1)
+    return out
 
 
 def decode_y(cb: Codebook, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     """Chosen centroids, concatenated: u8 ``[n, n_head_kv, head_bytes]`` -> y^ f64 ``[n, n_head_kv, D]``."""
-    idx = unpack(cb.spec, _check_codes(cb, codes))
+    idx = _check_codes(cb, codes)[..., cb.spec.code_of_subspace(cb.D)]
     h = np.arange(cb.n_head_kv)[None, :, None]
     m = np.arange(cb.M)[None, None, :]
     return cb.centroids[h, m, idx].astype(np.float64).reshape(codes.shape[0], cb.n_head_kv, cb.D)
@@ -329,7 +309,7 @@ def attention(
 def lut_scores(q: npt.ArrayLike, k: Coded) -> npt.NDArray[np.float64]:
     """``q.k`` the way the kernels compute it, for checking: from a lookup table per query, never decoding a row.
 
-    ``q.x^ = sum_m LUT[m][code_m] + q.mu`` with ``LUT[m][c] = (T^-1 q)[m*dsub:(m+1)*dsub] . centroids[m][c]``
+    ``q.x^ = sum_m LUT[m][code of m] + q.mu`` with ``LUT[m][c] = (T^-1 q)[m*dsub:(m+1)*dsub] . centroids[m][c]``
     (MILLION, section 3.3, with this project's transform).
 
     Args:
@@ -345,7 +325,7 @@ def lut_scores(q: npt.ArrayLike, k: Coded) -> npt.NDArray[np.float64]:
     out = np.zeros((n_stream, n_head, n_q, n_kv))
     centroids = cb.centroids.astype(np.float64)
     for s in range(n_stream):
-        idx = unpack(cb.spec, k.codes[s])
+        idx = k.codes[s][..., cb.spec.code_of_subspace(cb.D)]
         for h in range(n_head):
             h_kv = h // (n_head // n_head_kv)
             for i in range(n_q):

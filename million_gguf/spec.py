@@ -3,16 +3,21 @@
 Mirrors ``pq_spec`` in ``cuda/pq/pq-layout.h``; ``tests/test_spec.py`` compares the two.
 
 Names are those of ``faiss::ProductQuantizer``: a head vector of ``D`` elements is cut into ``M`` subspaces of ``dsub``
-elements, and each subspace is stored as a code of ``nbits`` bits that names one of ``ksub = 2**nbits`` centroids.
+elements, and each subspace is stored as a code, one byte, that names one of ``ksub`` = 256 centroids. In ``pq3`` the last two of
+every four subspaces share a code.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from .errors import InputError, MismatchError
 
 MAX_D = 256  # largest head size that the kernels take (PQ_MAX_D)
+KSUB = 256  # centroids per subspace (PQ_KSUB)
 D_STEP = 8  # every head size is a multiple: whole blocks of every type
 
 
@@ -23,18 +28,14 @@ class PQSpec:
     Attributes:
         name: what the user writes, ``pq4``, ``pq3`` or ``pq2`` (the digit is bits per element).
         dsub: elements per subspace.
-        nbits: bits per code.
-        ksub: centroids per subspace, ``1 << nbits``.
-        block_elems: elements of the smallest byte-aligned group of codes (the ggml block size).
-        block_bytes: bytes of that group (the ggml type size).
+        block_elems: elements of the smallest group that has whole codes (the ggml block size).
+        block_bytes: codes of that group, a byte each (the ggml type size).
         ggml_type: number of the type in the patched ``enum ggml_type``.
         index: number of the type in ``enum pq_type``.
     """
 
     name: str
     dsub: int
-    nbits: int
-    ksub: int
     block_elems: int
     block_bytes: int
     ggml_type: int
@@ -43,7 +44,12 @@ class PQSpec:
     @property
     def bits_per_element(self) -> float:
         """Cache bits per element of K or V."""
-        return self.nbits / self.dsub
+        return 8 * self.block_bytes / self.block_elems
+
+    @property
+    def ksub(self) -> int:
+        """Centroids per subspace."""
+        return KSUB
 
     def check_head_size(self, D: int) -> None:
         """Raises MismatchError unless the kernels take head size ``D``: a multiple of 8 from 8 to 256."""
@@ -58,8 +64,22 @@ class PQSpec:
         self.check_head_size(D)
         return D // self.dsub
 
+    def code_of_subspace(self, D: int) -> npt.NDArray[np.intp]:
+        """Which byte of a head is the code of each subspace, ``[M]``. Raises MismatchError as ``check_head_size`` does."""
+        m = np.arange(self.n_subspaces(D))
+        per_block = self.block_elems // self.dsub
+        return m // per_block * self.block_bytes + np.minimum(m % per_block, self.block_bytes - 1)
+
+    def elements_of_codes(self, D: int) -> list[npt.NDArray[np.intp]]:
+        """The elements of y that each code stands for: ``[codes, dims]`` for each number of dims that a code may have.
+
+        Raises MismatchError as ``check_head_size`` does."""
+        code_of_element = np.repeat(self.code_of_subspace(D), self.dsub)
+        dims = np.bincount(code_of_element)
+        return [np.flatnonzero(dims[code_of_element] == n).reshape(-1, n) for n in np.unique(dims)]
+
     def head_bytes(self, D: int) -> int:
-        """Bytes of the codes of one head of one token. Raises MismatchError as ``check_head_size`` does."""
+        """Codes of one head of one token, a byte each. Raises MismatchError as ``check_head_size`` does."""
         self.check_head_size(D)
         return D // self.block_elems * self.block_bytes
 
@@ -67,9 +87,9 @@ class PQSpec:
 PQ_TYPES: dict[str, PQSpec] = {
     s.name: s
     for s in (
-        PQSpec("pq4", dsub=2, nbits=8, ksub=256, block_elems=2, block_bytes=1, ggml_type=43, index=0),
-        PQSpec("pq3", dsub=2, nbits=6, ksub=64, block_elems=8, block_bytes=3, ggml_type=44, index=1),
-        PQSpec("pq2", dsub=4, nbits=8, ksub=256, block_elems=4, block_bytes=1, ggml_type=45, index=2),
+        PQSpec("pq4", dsub=2, block_elems=2, block_bytes=1, ggml_type=43, index=0),
+        PQSpec("pq3", dsub=2, block_elems=8, block_bytes=3, ggml_type=44, index=1),
+        PQSpec("pq2", dsub=4, block_elems=4, block_bytes=1, ggml_type=45, index=2),
     )
 }
 

@@ -8,10 +8,8 @@ An error ``e`` in a cached row does not cost ``|e|^2``. In a K row it moves the 
 * V: C = sum over the group's query heads of ``W_o W_o^T``, the part of the output projection that the head feeds.
 
 With A = C^(1/2), errors of ``x A`` cost the same in every direction. There the rows are turned into their principal axes
-U (the KLT), so that the parts of ``y = (x - mu) A U`` do not correlate and k-means per subspace loses nothing between
-subspaces. Which axes share a subspace is chosen so that all carry the same load: at a fixed number of bits each, the
-error of a subspace follows the geometric mean of its variances, so large and small ones are put together (Ge et al.,
-"Optimized Product Quantization", PAMI 2014, section 4.2, eigenvalue allocation; there with C = 1).
+U (the KLT), so that the parts of ``y = (x - mu) A U`` do not correlate and k-means per code loses nothing between codes.
+What is left to choose is which axes share a code (``coding_order``).
 """
 
 from __future__ import annotations
@@ -22,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError, MismatchError
+from .spec import PQSpec
 
 F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
 
 # Share of the mean cost that is added to every direction of a metric. Directions that no calibration query looked into
 # may still meet one later, and the inverse must fit f16. Between 1e-5 and 1e-3 it makes no difference that shows.
@@ -36,7 +36,8 @@ _FAR = 16.0
 # The stored map is refused above 1e6 (container.py); this leaves a factor of ten for the rounding to f16.
 _MAX_CONDITION = 1e5
 
-_F16_MAX = float(np.finfo(np.float16).max)
+_CODE_BITS = 8
+_MAX_TURNS = 100  # sweeps over all pairs of codes; measured variances need 5 to 10
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Basis:
         mean = v.mean(axis=1)
         return np.where(mean > 0.0, mean / np.exp(np.log(np.where(v > 0.0, v, 1.0)).mean(axis=1)), 1.0)
 
-    def transform(self, dsub: int) -> npt.NDArray[np.float16]:
-        """T f16 ``[n_head_kv, D, D]`` for subspaces of ``dsub`` axes."""
-        order = np.stack([balanced_order(v, dsub) for v in self.variance])
+    def transform(self, spec: PQSpec) -> npt.NDArray[np.float16]:
+        """T f16 ``[n_head_kv, D, D]`` for a cache type. Raises MismatchError when it does not take the head size."""
+        order = coding_order(self.variance, spec)
         T: npt.NDArray[np.float16] = np.take_along_axis(self.axes, order[:, None, :], axis=2).astype(np.float16)
         return T
 
@@ -181,19 +182,89 @@ def _principal_axes(covariance: F64, metric: F64) -> tuple[F64, F64]:
     return axes * scale, np.maximum(variance[::-1], 0.0) * scale**2
 
 
-def balanced_order(variance: F64, dsub: int) -> npt.NDArray[np.int64]:
-    """Order of the axes so that every ``dsub`` neighbours have about the same product of variances.
+# ---- which axes share a code ----
 
-    The largest axis that is left goes to the subspace whose product is smallest so far and that has room.
+
+def coding_order(variance: F64, spec: PQSpec) -> I64:
+    """Which axis becomes which element of y, so that the error that ``coded_error`` predicts is small.
+
+    With codes of the same bits for as many axes each, that puts large and small axes together, until all codes carry the same
+    product of variances (the eigenvalue allocation of Ge et al., "Optimized Product Quantization", PAMI 2014, section 4.2).
+    But where the variances fall steeply no product is the same, and small axes are better left out beside a large one; and
+    where codes stand for two axes or four (pq3), it has to be chosen which axes get the more bits.
+
+    So the axes are dealt out, largest first, to and fro over the codes (of two axes, then of four), and swapped between two codes for
+    as long as a swap helps. All swaps of disjoint pairs of codes are judged at once, and the pairs take turns as in a
+    round-robin tournament. On measured variances simulated annealing finds no order that is better by 0.1 %.
+
+    Args:
+        variance: ``[n_head_kv, D]``, along each axis.
+
+    Returns:
+        ``[n_head_kv, D]``: element i of y is axis ``order[h, i]``. Raises MismatchError when the type does not take D.
     """
-    D = variance.shape[0]
-    M = D // dsub
-    # In units of the smallest that counts, so that every axis adds to its subspace's load.
-    load_of = np.log(np.maximum(variance, 1e-9 * variance.max()) + np.finfo(np.float64).tiny)
-    load_of -= load_of.min() - 1.0
-    load, members = np.zeros(M), [[] for _ in range(M)]  # type: tuple[F64, list[list[int]]]
-    for axis in np.argsort(-variance, kind="stable"):
-        m = min((m for m in range(M) if len(members[m]) < dsub), key=lambda m: (load[m], m))
-        members[m].append(int(axis))
-        load[m] += load_of[axis]
-    return np.array(members, dtype=np.int64).reshape(-1)
+    n_head_kv, D = variance.shape
+    by_dims = spec.elements_of_codes(D)
+    width = max(elements.shape[1] for elements in by_dims)
+    # [codes, width]; a code of fewer axes is filled up with element D, an axis that has no variance and stays where it is.
+    elements = np.concatenate([np.pad(e, ((0, 0), (0, width - e.shape[1])), constant_values=D) for e in by_dims])
+    dealt = np.concatenate([e[:: 1 - j % 2 * 2, j] for e in by_dims for j in range(e.shape[1])])
+    order = np.full((n_head_kv, D + 1), D)
+    order[:, dealt] = np.argsort(-variance, axis=1, kind="stable")
+    v = np.take_along_axis(np.pad(variance, ((0, 0), (0, 1))), order, axis=1)  # of the elements
+
+    rounds = _round_robin(len(elements))
+    mine, theirs = np.divmod(np.arange(width * width), width)  # what each swap exchanges
+    changed = np.zeros((n_head_kv, len(elements)), dtype=np.int64)  # the turn in which a code's axes last changed
+    for turn in range(_MAX_TURNS * len(rounds)):
+        if changed.max() < turn - len(rounds):
+            break  # every pair has met as it is now
+        first, second = rounds[turn % len(rounds)]
+        h, pair = np.nonzero(np.maximum(changed[:, first], changed[:, second]) >= turn - len(rounds))
+        a, b = first[pair], second[pair]
+        v_a, v_b = v[h[:, None], elements[a]], v[h[:, None], elements[b]]  # [pairs, width]
+        possible = (elements[a][:, mine] < D) & (elements[b][:, theirs] < D)
+        p, swap = np.nonzero(possible)
+        new_a, new_b, each = v_a[p], v_b[p], np.arange(len(p))
+        new_a[each, mine[swap]], new_b[each, theirs[swap]] = v_b[p, theirs[swap]], v_a[p, mine[swap]]
+        error = np.full(possible.shape, np.inf)
+        error[possible] = coded_error(new_a) + coded_error(new_b)
+        best = error.argmin(axis=1)
+        # A thousandth of what any measurement would show; it keeps rounding from swapping equals to and fro.
+        helps = error.min(axis=1) < (1.0 - 1e-6) * (coded_error(v_a) + coded_error(v_b))
+        h, a, b, best = h[helps], a[helps], b[helps], best[helps]
+        from_a, from_b = elements[a, mine[best]], elements[b, theirs[best]]
+        for x in (order, v):
+            x[h, from_a], x[h, from_b] = x[h, from_b], x[h, from_a]
+        changed[h, a] = changed[h, b] = turn
+    return order[:, :D]
+
+
+def coded_error(variance: F64) -> F64:
+    """Least squared error of Gaussian axes ``[..., dims]`` that share a code of ``_CODE_BITS`` bits: ``[...]``.
+
+    Reverse water-filling (Cover & Thomas, "Elements of Information Theory", section 10.3.3): axes that vary more than some level
+    are coded down to it, the others not at all. On measured rows k-means ends above it by a factor of 1.1 to 2.5, larger for pairs
+    than for fours; orders that were made with such factors came out no better.
+    """
+    v = -np.sort(-variance, axis=-1)
+    n_coded = np.arange(1, v.shape[-1] + 1)
+    product = np.cumsum(np.log(np.maximum(v, np.finfo(np.float64).tiny)), axis=-1)
+    level = np.exp((product - 2.0 * _CODE_BITS * np.log(2.0)) / n_coded)
+    left_out = np.cumsum(v[..., ::-1], axis=-1)[..., ::-1] - v
+    # The levels below the smallest axis that they code are those of 1, 2, ... axes, up to as many as are to be coded.
+    n = (level < v).sum(axis=-1, keepdims=True)
+    error = np.take_along_axis(n_coded * level + left_out, np.maximum(n - 1, 0), axis=-1)
+    return np.where(n > 0, error, 0.0)[..., 0]
+
+
+def _round_robin(n: int) -> list[tuple[I64, I64]]:
+    """Rounds of disjoint pairs in which each of n meets each other once (the circle method)."""
+    circle = np.arange(n + n % 2)
+    rounds = []
+    for _ in range(len(circle) - 1):
+        first, second = circle[: len(circle) // 2], circle[: len(circle) // 2 - 1 : -1]
+        both = (first < n) & (second < n)  # with n odd, one sits out
+        rounds.append((first[both], second[both]))
+        circle = np.concatenate([circle[:1], np.roll(circle[1:], 1)])
+    return rounds

@@ -74,8 +74,8 @@ def test_blob_bytes_are_those_of_the_format() -> None:
     cb = make_codebook("pq3", 16, 2, with_transform=True)
     blob = codebook_to_blob(cb)
     assert blob[:4] == b"MPQB"
-    assert struct.unpack_from("<IHHHHHH", blob, 4) == (1, 16, 2, 8, 2, 6, 1)
-    per_head = 16 * 4 + 16 * 16 * 2 + 8 * 64 * 2 * 2
+    assert struct.unpack_from("<IHHHHHH", blob, 4) == (2, 16, 2, 8, 2, 6, 1)
+    per_head = 16 * 4 + 16 * 16 * 2 + 8 * 256 * 2 * 2
     assert struct.unpack_from("<III", blob, 20) == (2 * per_head, zlib.crc32(blob[32:]), 0)
     assert len(blob) == 32 + 2 * per_head
     head1 = blob[32 + per_head :]
@@ -100,7 +100,7 @@ def test_a_damaged_blob_never_gets_through(data: st.DataObject) -> None:
 @given(noise=st.binary(max_size=200))
 @settings(max_examples=80, deadline=None)
 def test_noise_is_refused(noise: bytes) -> None:
-    for raw in (noise, b"MPQB" + noise, struct.pack("<4sI", b"MPQB", 1) + noise):
+    for raw in (noise, b"MPQB" + noise, struct.pack("<4sI", b"MPQB", 2) + noise):
         with pytest.raises((FormatError, MismatchError)):
             blob_to_codebook(raw, PQ_TYPES["pq4"])
 
@@ -137,7 +137,8 @@ BLOBS: dict[str, tuple[Callable[[], bytes], type[Exception], str]] = {
     "truncated": (lambda: good_blob()[:-1], FormatError, "payload bytes"),
     "too long": (lambda: good_blob() + b"\0", FormatError, "payload bytes"),
     "magic": (lambda: b"MPQX" + good_blob()[4:], FormatError, "magic"),
-    "version": (lambda: header(good_blob(), 4, "<I", 2), FormatError, "blob version 2, need 1"),
+    "old version": (lambda: header(good_blob(), 4, "<I", 1), FormatError, "blob version 1, need 2: calibrate again"),
+    "new version": (lambda: header(good_blob(), 4, "<I", 3), FormatError, "blob version 3, need 2: update"),
     "D of 12": (lambda: header(good_blob(), 8, "<H", 12), MismatchError, "head size 12"),
     "D of 0": (lambda: header(good_blob(), 8, "<H", 0), MismatchError, "head size 0"),
     "D of 512": (lambda: header(good_blob(), 8, "<H", 512), MismatchError, "head size 512"),
@@ -145,7 +146,11 @@ BLOBS: dict[str, tuple[Callable[[], bytes], type[Exception], str]] = {
     "more heads": (lambda: header(good_blob(), 10, "<H", 65535), FormatError, "payload bytes"),
     "M": (lambda: header(good_blob(), 12, "<H", 5), FormatError, "M 5"),
     "dsub": (lambda: header(good_blob(), 14, "<H", 4), MismatchError, "dsub 4"),
-    "nbits": (lambda: header(good_blob(), 16, "<H", 6), MismatchError, "nbits 6"),
+    "bytes of codes": (
+        lambda: header(good_blob(), 16, "<H", 3),
+        MismatchError,
+        "dsub 2 and 3 bytes of codes per head, pq4",
+    ),
     "unknown flag": (lambda: header(good_blob(), 18, "<H", 2), FormatError, "flags 0x2"),
     "transform flag without one": (lambda: header(good_blob(), 18, "<H", 1), FormatError, "payload bytes"),
     "announced length": (lambda: header(good_blob(), 20, "<I", 0xFFFFFFFF), FormatError, "payload bytes"),
@@ -449,9 +454,12 @@ def change(key: str, type_: VT, value: bytes) -> dict[str, bytes | None]:
 
 K8 = ("pq4", 8, 2)  # what the small model needs
 CASES: dict[str, tuple[Callable[[], dict[str, bytes | None]], type[Exception], str]] = {
-    "version 2": (lambda: change("version", VT.UINT32, struct.pack("<I", 2)), FormatError, "million.version 2, need 1"),
-    "version of wrong type": (lambda: change("version", VT.UINT64, struct.pack("<Q", 1)), FormatError, "value type"),
-    "version is a string": (lambda: change("version", VT.STRING, gstr("1")), FormatError, "value type"),
+    "version 1": (
+        lambda: change("version", VT.UINT32, struct.pack("<I", 1)), FormatError, "million.version 1, need 2: calibrate again"),
+    "version 3": (
+        lambda: change("version", VT.UINT32, struct.pack("<I", 3)), FormatError, "million.version 3, need 2: update"),
+    "version of wrong type": (lambda: change("version", VT.UINT64, struct.pack("<Q", 2)), FormatError, "value type"),
+    "version is a string": (lambda: change("version", VT.STRING, gstr("2")), FormatError, "value type"),
     "no types": (lambda: change("types", VT.ARRAY, strings([])), FormatError, "need distinct names"),
     "unknown type": (lambda: change("types", VT.ARRAY, strings(["pq9"])), FormatError, "need distinct names"),
     "a type twice": (lambda: change("types", VT.ARRAY, strings(["pq4", "pq4"])), FormatError, "need distinct names"),
@@ -489,7 +497,7 @@ CASES: dict[str, tuple[Callable[[], dict[str, bytes | None]], type[Exception], s
     "wrong head count": (
         lambda: change("pq4.v", VT.ARRAY, strings([b64(make_codebook("pq4", 8, 3))] * 2)), MismatchError, "3 KV heads"),
     "another type's blob": (
-        lambda: change("pq4.k", VT.ARRAY, strings([b64(make_codebook("pq3", 8, 2))] * 2)), MismatchError, "nbits 6"),
+        lambda: change("pq4.k", VT.ARRAY, strings([b64(make_codebook("pq3", 8, 2))] * 2)), MismatchError, "3 bytes of codes"),
     "error is NaN": (
         lambda: change("pq4.k.error", VT.ARRAY, floats([float("nan"), 0])), FormatError, "found error nan"),
     "error is negative": (lambda: change("pq4.v.error", VT.ARRAY, floats([-1.0, 0])), FormatError, "found error -1"),

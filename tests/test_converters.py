@@ -457,7 +457,7 @@ def test_gguf_py_reads_the_result(demo_gguf: Path) -> None:
     from gguf import GGUFReader
 
     reader = GGUFReader(demo_gguf)
-    assert reader.fields["million.version"].contents() == 1
+    assert reader.fields["million.version"].contents() == container.FORMAT_VERSION
 
 
 # ---- interruption: whatever stage it comes in, nothing is left ----

@@ -59,16 +59,14 @@ BUDGETS = (
     Budget("pq_decode_kernelILi[0-9]ELi[24]E", threads=256, blocks=2, spills=256),
     Budget("pq_decode_kernelILi[0-9]ELi8E", threads=256, blocks=1),  # y of head size 256 takes half the registers
     Budget("pq_decode_plain_kernel", threads=256, blocks=4),
-    Budget("pq_decode_y_kernel", threads=256, blocks=4),
+    Budget("pq_decode_y_kernel", threads=256, blocks=3),
     Budget("pq_prefill_(begin|end)_kernel", threads=256, blocks=2),
     Budget("fill_random", threads=256, blocks=4),  # of the benchmark
     Budget("rope_(rows|turns)", threads=64, blocks=8),  # of the tests
-    # what is spilled is read again once per tile of 32 cells, among some 850 instructions
+    # what is spilled is read again once per tile of 32 cells, among some 700 instructions
     Budget("attn_128_kernelILi[0-9]ELi[0-9]ELi1E", threads=512, blocks=1, spills=96),
     Budget("attn_128_kernelILi[0-9]ELi[0-9]ELi4E", threads=512, blocks=1, spills=384),
     Budget("attn_128_kernelILi[0-9]ELi[0-9]ELi8E", threads=384, blocks=1, spills=320),
-    # unpacking 6-bit codes for four rows at once: its spills are a known cost, to go with the next kernel
-    Budget("attn_kernelILi1ELi1ELi32ELi4", threads=384, blocks=1, spills=384),
     # any mixture of types, and tables of K and V one after the other: for what has no kernel of its own
     Budget("attn_kernelILin1", threads=256, blocks=1, spills=1024),
     Budget("attn_kernel", threads=256, blocks=1, spills=160),

@@ -171,8 +171,9 @@ def _drop(key: str) -> Callable[[Path], dict[str, bytes | None]]:
 
 
 BAD_CODEBOOKS: dict[str, Callable[[Path], dict[str, bytes | None]]] = {
-    "format version of the future": _set("million.version", VT.UINT32, 2),
-    "format version as text": _set("million.version", VT.STRING, "1"),
+    "format version of the future": _set("million.version", VT.UINT32, 3),
+    "format version of the past": _set("million.version", VT.UINT32, 1),
+    "format version as text": _set("million.version", VT.STRING, "2"),
     "no version": _drop("million.version"),
     "no types": _drop("million.types"),
     "empty types": _set("million.types", VT.ARRAY, (VT.STRING, [])),
@@ -196,13 +197,14 @@ BAD_CODEBOOKS: dict[str, Callable[[Path], dict[str, bytes | None]]] = {
     "blob that goes on": _blob(lambda raw: raw + bytes(12)),
     "wrong magic": _field(0, "<4s", b"FAIS"),  # type: ignore[arg-type]
     "wrong blob version": _field(4, "<I", 9),
+    "blob version of the past": _field(4, "<I", 1),
     "wrong D": _field(8, "<H", 16),
     "D of zero": _field(8, "<H", 0),
     "D of 65535": _field(8, "<H", 65535),
     "wrong n_head_kv": _field(10, "<H", 3),
     "wrong M": _field(12, "<H", 1),
     "wrong dsub": _field(14, "<H", 4),
-    "wrong nbits": _field(16, "<H", 6),
+    "wrong bytes of codes": _field(16, "<H", 6),
     "unknown flag": _field(18, "<H", 2),
     "wrong transform flag": _blob(lambda raw: raw.__setitem__(18, raw[18] ^ 1)),
     "wrong payload length": _field(20, "<I", 0xFFFFFFF0),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers import HEAD_SIZES, make_codebook, rows_for
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from million_gguf import pq_ref
 from million_gguf.errors import MismatchError
@@ -14,43 +12,6 @@ from million_gguf.pq_ref import Codebook, Coded, Tail
 from million_gguf.spec import PQ_TYPES
 
 TYPES = list(PQ_TYPES)
-
-
-# ---- bit string ----
-
-
-@given(name=st.sampled_from(TYPES), blocks=st.integers(1, 32), rows=st.integers(0, 3), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
-def test_pack_round_trip(name: str, blocks: int, rows: int, seed: int) -> None:
-    s = PQ_TYPES[name]
-    D = 8 * blocks
-    idx = np.random.default_rng(seed).integers(0, s.ksub, (rows, s.n_subspaces(D)), dtype=np.uint8)
-    codes = pq_ref.pack(s, idx)
-    assert codes.dtype == np.uint8
-    assert codes.shape == (rows, s.head_bytes(D))
-    assert np.array_equal(pq_ref.unpack(s, codes), idx)
-
-
-@given(codes=st.lists(st.integers(0, 63), min_size=4, max_size=64).filter(lambda c: len(c) % 4 == 0))
-@settings(max_examples=60, deadline=None)
-def test_pq3_is_a_little_endian_bit_string(codes: list[int]) -> None:
-    """Held against Python's integers: the string read as one little-endian number has code m at bit 6m."""
-    packed = pq_ref.pack(PQ_TYPES["pq3"], np.array(codes))
-    assert int.from_bytes(packed.tobytes(), "little") == sum(c << (6 * m) for m, c in enumerate(codes))
-
-
-def test_pq3_known_bytes() -> None:
-    """Worked by hand from pq-layout.h: w = c0 | c1<<6 | c2<<12 | c3<<18, bytes w, w>>8, w>>16."""
-    assert pq_ref.pack(PQ_TYPES["pq3"], np.array([1, 2, 3, 63])).tolist() == [0x81, 0x30, 0xFC]
-
-
-def test_pack_refuses() -> None:
-    with pytest.raises(MismatchError, match="need 0..63"):
-        pq_ref.pack(PQ_TYPES["pq3"], np.array([0, 1, 2, 64]))
-    with pytest.raises(MismatchError, match="whole bytes"):
-        pq_ref.pack(PQ_TYPES["pq3"], np.array([0, 1, 2]))
-    with pytest.raises(MismatchError, match="whole codes"):
-        pq_ref.unpack(PQ_TYPES["pq3"], np.zeros((1, 4), dtype=np.uint8))
 
 
 # ---- encode and decode ----
@@ -62,13 +23,24 @@ def test_centroids_encode_to_themselves(name: str, D: int) -> None:
     """With the identity, code c decodes to a row that encodes to c, or to an equal centroid below it."""
     cb = make_codebook(name, D, 2)
     cb = Codebook(cb.spec, np.zeros_like(cb.mu), None, cb.centroids)
-    idx = np.broadcast_to(np.arange(cb.spec.ksub, dtype=np.uint8)[:, None, None], (cb.spec.ksub, 2, cb.M))
-    x = pq_ref.decode(cb, pq_ref.pack(cb.spec, idx))
-    again = pq_ref.encode_indices(cb, x)
-    h, m = np.arange(2)[:, None], np.arange(cb.M)[None, :]
-    assert np.array_equal(cb.centroids[h, m, again], cb.centroids[h, m, idx])
-    assert (again <= idx).all()
-    assert (again == idx).mean() > 0.99
+    shape = (cb.spec.ksub, 2, cb.head_bytes)
+    codes = np.broadcast_to(np.arange(cb.spec.ksub, dtype=np.uint8)[:, None, None], shape)
+    x = pq_ref.decode(cb, codes)
+    again = pq_ref.encode(cb, x)
+    assert np.array_equal(pq_ref.decode(cb, again), x)
+    assert (again <= codes).all()
+    assert (again == codes).mean() > 0.99
+
+
+def test_two_subspaces_of_pq3_are_decoded_by_one_code() -> None:
+    """Worked by hand from pq-layout.h: bytes 3u, 3u + 1 are codes of subspaces 4u, 4u + 1, and 3u + 2 that of 4u + 2 and 4u + 3."""
+    s = PQ_TYPES["pq3"]
+    m, c = np.meshgrid(np.arange(8), np.arange(256), indexing="ij")
+    centroids = np.stack([m, c], axis=-1)[None].astype(np.float16)  # a centroid says which it is
+    cb = Codebook(s, np.zeros((1, 16), np.float32), None, centroids)
+    y = pq_ref.decode(cb, np.array([[[10, 20, 30, 40, 50, 60]]], np.uint8)).reshape(8, 2)
+    assert y[:, 0].tolist() == list(range(8))
+    assert y[:, 1].tolist() == [10, 20, 30, 30, 40, 50, 60, 60]
 
 
 def test_decode_encode_with_transform_is_stable() -> None:
@@ -85,25 +57,53 @@ def test_ties_go_to_the_lowest_code(name: str) -> None:
     centroids[:, :, [5, 40], :] = 1.0  # two equal centroids
     centroids[:, :, 7, :] = -1.0  # as far from 0 as those two
     cb = Codebook(s, np.zeros((1, D), np.float32), None, centroids)
-    assert (pq_ref.encode_indices(cb, np.ones((1, 1, D))) == 5).all()
-    assert (pq_ref.encode_indices(cb, np.zeros((1, 1, D))) == 5).all()
-    assert (pq_ref.encode_indices(cb, np.full((1, 1, D), -1.0)) == 7).all()
+    assert (pq_ref.encode(cb, np.ones((1, 1, D))) == 5).all()
+    assert (pq_ref.encode(cb, np.zeros((1, 1, D))) == 5).all()
+    assert (pq_ref.encode(cb, np.full((1, 1, D), -1.0)) == 7).all()
 
 
+def test_a_shared_code_is_a_compromise() -> None:
+    """Code 3 is best for one subspace and 4 for the other; 6, which is best for neither, has the least sum, and 9 the same."""
+    s = PQ_TYPES["pq3"]
+    centroids = np.full((1, 4, s.ksub, 2), 9.0, dtype=np.float16)
+    for m, distance in ((2, {3: 0.0, 4: 4.0, 6: 1.0, 9: 2.0}), (3, {3: 4.0, 4: 0.0, 6: 2.0, 9: 1.0})):
+        for code, value in distance.items():
+            centroids[0, m, code] = [np.sqrt(value), 0.0]
+    centroids[0, 2, 9], centroids[0, 3, 6] = [1.0, 1.0], [1.0, 1.0]  # 2 without rounding
+    cb = Codebook(s, np.zeros((1, 8), np.float32), None, centroids)
+    x = np.zeros((1, 1, 8), np.float32)
+    assert pq_ref.distances(cb, x)[0, 0, 2:].argmin(axis=-1).tolist() == [3, 4]
+    assert pq_ref.encode(cb, x)[0, 0, 2] == 6
+    centroids[0, 2:, 6] = 9.0
+    assert pq_ref.encode(cb, x)[0, 0, 2] == 9
+
+
+@pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("with_transform", [False, True])
-def test_encode_is_the_nearest_of_all(with_transform: bool) -> None:
-    """Against a search that is spelled out, one vector at a time."""
-    cb = make_codebook("pq2", 16, 2, with_transform=with_transform)
+def test_encode_is_the_nearest_of_all(name: str, with_transform: bool) -> None:
+    """Against a search that is spelled out, one vector and code at a time."""
+    cb = make_codebook(name, 16, 2, with_transform=with_transform)
+    subspaces = {
+        "pq4": [[0], [1], [2], [3], [4], [5], [6], [7]],
+        "pq3": [[0], [1], [2, 3], [4], [5], [6, 7]],
+        "pq2": [[0], [1], [2], [3]],
+    }[name]
     x = rows_for(cb, 5)
-    found = pq_ref.encode_indices(cb, x)
+    found = pq_ref.encode(cb, x)
+    x = pq_ref.to_f16(x)
+    assert found.shape == (5, 2, len(subspaces)) and found.dtype == np.uint8
     for n in range(5):
         for h in range(2):
             y = x[n, h].astype(np.float64) - cb.mu[h]
             if cb.T is not None:
                 y = y @ cb.T[h].astype(np.float64)
-            for m in range(cb.M):
-                d = [float(((y[4 * m : 4 * m + 4] - c) ** 2).sum()) for c in cb.centroids[h, m].astype(np.float64)]
-                assert found[n, h, m] == d.index(min(d))
+            y = y.reshape(cb.M, cb.spec.dsub)
+            for code, members in enumerate(subspaces):
+                d = [
+                    sum(float(((y[m] - cb.centroids[h, m, c].astype(np.float64)) ** 2).sum()) for m in members)
+                    for c in range(256)
+                ]
+                assert found[n, h, code] == d.index(min(d))
 
 
 def test_decode_undoes_the_transform() -> None:
@@ -140,8 +140,8 @@ def test_rows_are_rounded_to_f16_before_they_are_coded(name: str) -> None:
     cb = Codebook(s, np.full((1, 16), 0.5 + 0.25 * step, np.float32), None, centroids)
     x = np.full((1, 1, 16), 1 + 0.4 * step)
     assert pq_ref.distances(cb, pq_ref.transform(cb, x)).argmin() == 1
-    assert (pq_ref.encode_indices(cb, x) == 0).all()
-    assert (pq_ref.encode_indices(cb, np.full((1, 1, 16), 1e9)) == 0).all()  # infinite in f16: as far from any centroid
+    assert (pq_ref.encode(cb, x) == 0).all()
+    assert (pq_ref.encode(cb, np.full((1, 1, 16), 1e9)) == 0).all()  # infinite in f16: as far from any centroid
 
 
 def test_long_input_is_chunked_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,27 +98,30 @@ def q4_0_chunks(
         left -= n
 
 
-def normal_centroids(spec: PQSpec, rng: np.random.Generator) -> npt.NDArray[np.float16]:
-    """Centroids f16 ``[ksub, dsub]`` of normally distributed points, by a few rounds of Lloyd's algorithm."""
-    points = rng.standard_normal((16384, spec.dsub), np.float32)
-    centroids = points[: spec.ksub].copy()
+def normal_centroids(dims: int, ksub: int, rng: np.random.Generator) -> npt.NDArray[np.float16]:
+    """Centroids f16 ``[ksub, dims]`` of normally distributed points, by a few rounds of Lloyd's algorithm."""
+    points = rng.standard_normal((16384, dims), np.float32)
+    centroids = points[:ksub].copy()
     for _ in range(8):
         d2 = (centroids**2).sum(1) - 2 * points @ centroids.T
         nearest = d2.argmin(1)
-        counts = np.bincount(nearest, minlength=spec.ksub)
-        for e in range(spec.dsub):
-            sums = np.bincount(nearest, weights=points[:, e], minlength=spec.ksub)
+        counts = np.bincount(nearest, minlength=ksub)
+        for e in range(dims):
+            sums = np.bincount(nearest, weights=points[:, e], minlength=ksub)
             centroids[:, e] = np.where(counts > 0, sums / np.maximum(counts, 1), centroids[:, e])
     return centroids.astype(np.float16)
 
 
 def make_codebook(spec: PQSpec, g: Geometry, rng: np.random.Generator) -> Codebook:
-    """One codebook: rotations for transforms, and the same centroids, turned by a sign, in every subspace."""
-    centroids = normal_centroids(spec, rng)
-    signs = rng.choice(np.array([-1, 1], np.float16), (g.n_head_kv, g.D // spec.dsub, 1, spec.dsub))
+    """One codebook: rotations for transforms, and the same centroids, turned by signs, for every code of as many elements."""
+    by_element = np.empty((g.n_head_kv, g.D, spec.ksub), np.float16)
+    for elements in spec.elements_of_codes(g.D):
+        by_element[:, elements] = normal_centroids(elements.shape[1], spec.ksub, rng).T
+    by_element *= rng.choice(np.array([-1, 1], np.float16), (g.n_head_kv, g.D, 1))
+    centroids = by_element.reshape(g.n_head_kv, spec.n_subspaces(g.D), spec.dsub, spec.ksub).swapaxes(2, 3)
     T = np.linalg.qr(rng.standard_normal((g.n_head_kv, g.D, g.D)))[0]
     mu = rng.normal(0, 0.1, (g.n_head_kv, g.D))
-    return Codebook(spec, mu.astype(np.float32), T.astype(np.float16), centroids * signs)
+    return Codebook(spec, mu.astype(np.float32), T.astype(np.float16), np.ascontiguousarray(centroids))
 
 
 def add_shape(w: GGUFWriter, g: Geometry) -> None:

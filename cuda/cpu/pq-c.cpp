@@ -50,7 +50,7 @@ size_t million_pq_codebook_bytes(int type, int D, int n_head_kv, int has_transfo
     if (type < 0 || type >= PQ_TYPE_COUNT || !pq_head_size_ok(D) || n_head_kv <= 0) {
         return 0;
     }
-    return pq_get_codebook_layout((pq_type) type, D, has_transform).head_bytes * (size_t) n_head_kv;
+    return pq_get_codebook_layout(D, has_transform).head_bytes * (size_t) n_head_kv;
 }
 
 int million_pq_codebook_build(int type, const uint8_t * blob, size_t n, int D, int n_head_kv, uint8_t * dst, size_t dst_bytes,
@@ -102,7 +102,7 @@ size_t million_pq_attn_params_bytes(void) {
 
 double million_pq_kmeans_assign_many(const float * x, int64_t n_problems, int64_t n, int32_t dsub, const float * centroids, int32_t ksub,
                                      uint8_t * codes, double * sums, int64_t * counts, double * sse, int n_threads) {
-    if ((dsub != 2 && dsub != 4) || ksub < 1 || ksub > PQ_MAX_KSUB) {
+    if ((dsub != 2 && dsub != 4) || ksub < 1 || ksub > PQ_KSUB) {
         return std::numeric_limits<double>::quiet_NaN();
     }
     std::vector<double> sse_here;

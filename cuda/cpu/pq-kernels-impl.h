@@ -5,8 +5,9 @@
 //   many rows (prefill): flash attention. A tile of 64 cells is decoded once for all query rows of the item (every head of
 //     the GQA group, many tokens), K transposed, and scores and values are register-blocked matrix products.
 //   few rows (up to 8; token generation): no tile is ever decoded. K scores come from tables of the inner products
-//     of the queries with all centroids, laid out [subspace][centroid][row], so one load serves every row; V centroids go from
-//     the codebook to the accumulators. Subspaces are the outer loop, so the table in use stays in the L1 cache.
+//     of the queries with all centroids, laid out [code][centroid][row], so one load serves every row, and both subspaces where
+//     two share a code; V centroids go from the codebook to the accumulators. Codes are the outer loop, so the table in use stays
+//     in the L1 cache.
 //
 // The exact tail follows the coded cells: their sums go through T^-1 once, and then the online softmax runs on over f16 rows.
 #pragma once
@@ -24,11 +25,18 @@ using V8 = pq_vec8;
 
 constexpr int64_t PW = 2 * V::N; // panel width: columns of one micro-kernel
 
-// Compile-time geometry of a type; pq_get_spec() is the same at run time.
+// Compile-time geometry of a type; pq_get_spec() is the same at run time. Every 8 elements have CODES codes, the last of which
+// stands for N_LAST subspaces and each other for one.
 template <int TYPE> struct geom;
-template <> struct geom<PQ_TYPE_PQ4> { enum { DSUB = 2, KSUB = 256, NBITS = 8 }; };
-template <> struct geom<PQ_TYPE_PQ3> { enum { DSUB = 2, KSUB = 64,  NBITS = 6 }; };
-template <> struct geom<PQ_TYPE_PQ2> { enum { DSUB = 4, KSUB = 256, NBITS = 8 }; };
+template <> struct geom<PQ_TYPE_PQ4> { enum { DSUB = 2, CODES = 4, N_LAST = 1 }; };
+template <> struct geom<PQ_TYPE_PQ3> { enum { DSUB = 2, CODES = 3, N_LAST = 2 }; };
+template <> struct geom<PQ_TYPE_PQ2> { enum { DSUB = 4, CODES = 2, N_LAST = 1 }; };
+
+// of code j of a head: its first subspace, and whether it is the last of 8 elements
+template <int TYPE> PQ_INLINE int64_t code_subspace(int64_t j) {
+    return j / geom<TYPE>::CODES * (8 / geom<TYPE>::DSUB) + j % geom<TYPE>::CODES;
+}
+template <int TYPE> PQ_INLINE bool code_is_last(int64_t j) { return j % geom<TYPE>::CODES == geom<TYPE>::CODES - 1; }
 
 struct head_block {
     const float    * mu;
@@ -37,8 +45,8 @@ struct head_block {
     const uint16_t * centroids;
 };
 
-head_block get_head_block(pq_type type, int32_t D, int32_t has_transform, const uint8_t * codebook, int64_t head) {
-    const pq_codebook_layout l = pq_get_codebook_layout(type, D, has_transform);
+head_block get_head_block(int32_t D, int32_t has_transform, const uint8_t * codebook, int64_t head) {
+    const pq_codebook_layout l = pq_get_codebook_layout(D, has_transform);
     const uint8_t * p = codebook + (size_t) head * l.head_bytes;
     head_block b;
     b.mu        = (const float *) (p + l.mu);
@@ -225,43 +233,30 @@ PQ_INLINE void transpose_f16(ROW row, int64_t n, int64_t D, float * dst) {
 
 // ---- codes ----
 
-// Unpacks codes m0.. of one head to bytes: group g, 8 codes, to dst + g * group_stride; missing codes of the last group are 0.
-template <int TYPE>
-PQ_INLINE void unpack_cell(const uint8_t * src, int64_t m0, int64_t M, uint8_t * dst, int64_t group_stride) {
-    constexpr int NBITS = geom<TYPE>::NBITS;
-    src += m0 * NBITS / 8;
+// Codes are staged in groups of 8: the codes as they lie in the cache, or, where a kernel takes pq3 for pq4, with EXPAND one for every
+// subspace: the third of three twice.
+//
+// Stages codes m0.. (a multiple of 8) of one head: group g to dst + g * group_stride; missing codes of the last group are 0.
+template <bool EXPAND>
+PQ_INLINE void stage_cell(const uint8_t * src, int64_t m0, int64_t M, uint8_t * dst, int64_t group_stride) {
+    src += EXPAND ? m0 / 4 * 3 : m0;
     dst += m0 / 8 * group_stride;
-    for (int64_t m = m0; m < M; m += 8, src += NBITS, dst += group_stride) {
-        if (NBITS == 8) {
-            if (m + 8 <= M) {
-                memcpy(dst, src, 8);
-                continue;
-            }
-            for (int64_t j = 0; j < 8; j++) {
-                dst[j] = m + j < M ? src[j] : 0;
-            }
+    for (int64_t m = m0; m < M; m += 8, src += EXPAND ? 6 : 8, dst += group_stride) {
+        if (!EXPAND && m + 8 <= M) {
+            memcpy(dst, src, 8);
             continue;
         }
-        uint64_t w = (uint64_t) src[0] | (uint64_t) src[1] << 8 | (uint64_t) src[2] << 16;
-        if (m + 4 < M) {
-            w |= (uint64_t) src[3] << 24 | (uint64_t) src[4] << 32 | (uint64_t) src[5] << 40;
-        }
-        // 24 bits in each half -> 12 in each quarter -> 6 in each byte
-        w = (w & 0x0000000000ffffffu) | (w & 0x0000ffffff000000u) << 8;
-        w = (w & 0x00000fff00000fffu) | (w & 0x00fff00000fff000u) << 4;
-        w = (w & 0x003f003f003f003fu) | (w & 0x0fc00fc00fc00fc0u) << 2;
-        for (int j = 0; j < 8; j++) {
-            dst[j] = (uint8_t) (w >> (8 * j));
+        for (int64_t j = 0; j < 8; j++) {
+            dst[j] = m + j < M ? src[EXPAND ? pq_code_index(PQ_TYPE_PQ3, (int32_t) j) : j] : 0;
         }
     }
 }
 
-// The same for n cells, at data + cell(i) * row_stride; cell i goes to dst + 8 * i.
-template <int TYPE, class CELL>
-PQ_INLINE void unpack_cells(const uint8_t * data, size_t row_stride, CELL cell, int64_t n, int64_t M, uint8_t * dst, int64_t group_stride) {
-    constexpr int NBITS = geom<TYPE>::NBITS;
-    const int64_t m_wide = V8::UNPACKS_4_CELLS ? M / 32 * 32 : 0;
-    const int64_t n_wide = V8::UNPACKS_4_CELLS ? n / 4 * 4 : 0;
+// The same for all codes of n cells, at data + cell(i) * row_stride; cell i goes to dst + 8 * i.
+template <bool EXPAND, class CELL>
+PQ_INLINE void stage_cells(const uint8_t * data, size_t row_stride, CELL cell, int64_t n, int64_t M, uint8_t * dst, int64_t group_stride) {
+    const int64_t m_wide = V8::STAGES_4_CELLS ? EXPAND ? M / 32 * 32 : M / 16 * 16 : 0;
+    const int64_t n_wide = V8::STAGES_4_CELLS ? n / 4 * 4 : 0;
     for (int64_t i = 0; i < n_wide; i += 4) {
         const uint8_t * s[4];
         for (int64_t j = 0; j < 4; j++) {
@@ -269,31 +264,28 @@ PQ_INLINE void unpack_cells(const uint8_t * data, size_t row_stride, CELL cell, 
             // rows of one head lie a whole cell apart, too far for some prefetchers
             PQ_PREFETCH(data + (size_t) cell(pq_min(i + j + 16, n - 1)) * row_stride);
         }
-        for (int64_t m = 0; m < m_wide; m += 32) {
-            V8::unpack_4_cells<NBITS>(s[0] + m * NBITS / 8, s[1] + m * NBITS / 8, s[2] + m * NBITS / 8, s[3] + m * NBITS / 8,
-                                      dst + m / 8 * group_stride + i * 8, group_stride);
+        int64_t m = 0;
+        for (; m + 32 <= m_wide; m += 32) {
+            const int64_t at = EXPAND ? m / 4 * 3 : m;
+            V8::stage_4_cells<EXPAND>(s[0] + at, s[1] + at, s[2] + at, s[3] + at, dst + m / 8 * group_stride + i * 8, group_stride);
+        }
+        if (m < m_wide) {
+            V8::stage_4_cells_16(s[0] + m, s[1] + m, s[2] + m, s[3] + m, dst + m / 8 * group_stride + i * 8, group_stride);
         }
         for (int64_t j = 0; j < 4; j++) {
-            unpack_cell<TYPE>(s[j], m_wide, M, dst + (i + j) * 8, group_stride);
+            stage_cell<EXPAND>(s[j], m_wide, M, dst + (i + j) * 8, group_stride);
         }
     }
     for (int64_t i = n_wide; i < n; i++) {
-        unpack_cell<TYPE>(data + (size_t) cell(i) * row_stride, 0, M, dst + i * 8, group_stride);
+        stage_cell<EXPAND>(data + (size_t) cell(i) * row_stride, 0, M, dst + i * 8, group_stride);
     }
 }
 
-template <int TYPE>
-PQ_INLINE void pack_codes(const uint8_t * codes, int64_t M, uint8_t * dst) {
-    if constexpr (TYPE == PQ_TYPE_PQ3) {
-        for (int64_t m = 0; m < M; m += 4, codes += 4, dst += 3) {
-            const uint32_t w = (uint32_t) codes[0] | (uint32_t) codes[1] << 6 | (uint32_t) codes[2] << 12 | (uint32_t) codes[3] << 18;
-            dst[0] = (uint8_t) w;
-            dst[1] = (uint8_t) (w >> 8);
-            dst[2] = (uint8_t) (w >> 16);
-        }
-    } else {
-        memcpy(dst, codes, (size_t) M);
-    }
+// A code for every subspace, D / DSUB of them.
+template <int TYPE, class CELL>
+PQ_INLINE void stage_subspaces(const uint8_t * data, size_t row_stride, CELL cell, int64_t n, int64_t D, uint8_t * dst,
+                               int64_t group_stride) {
+    stage_cells<TYPE == PQ_TYPE_PQ3>(data, row_stride, cell, n, D / geom<TYPE>::DSUB, dst, group_stride);
 }
 
 PQ_INLINE uint32_t load_codes(const uint8_t * p, int n) { // n 2 or 4
@@ -304,25 +296,27 @@ PQ_INLINE uint32_t load_codes(const uint8_t * p, int n) { // n 2 or 4
     return w;
 }
 
-// f16 [ksub][DSUB] -> f32 [DSUB][ksub]
-template <class W, int DSUB>
-PQ_INLINE void centroids_to_soa(const uint16_t * c, int64_t ksub, float * soa) {
-    for (int64_t i = 0; i < ksub; i += W::N) {
-        if constexpr (DSUB == 2) {
-            typename W::T x, y;
-            W::unzip(W::load_f16(c + 2 * i), W::load_f16(c + 2 * i + W::N), &x, &y);
-            W::store(soa + i, x);
-            W::store(soa + ksub + i, y);
-        } else {
-            typename W::T xz0, yw0, xz1, yw1, x, y, z, w;
-            W::unzip(W::load_f16(c + 4 * i),            W::load_f16(c + 4 * i +     W::N), &xz0, &yw0);
-            W::unzip(W::load_f16(c + 4 * i + 2 * W::N), W::load_f16(c + 4 * i + 3 * W::N), &xz1, &yw1);
-            W::unzip(xz0, xz1, &x, &z);
-            W::unzip(yw0, yw1, &y, &w);
-            W::store(soa + i, x);
-            W::store(soa + ksub + i, y);
-            W::store(soa + 2 * ksub + i, z);
-            W::store(soa + 3 * ksub + i, w);
+// f16 [N_SUB][PQ_KSUB][DSUB] -> f32 [N_SUB * DSUB][PQ_KSUB]: element by element the centroids of a code of N_SUB subspaces
+template <class W, int DSUB, int N_SUB>
+PQ_INLINE void centroids_to_soa(const uint16_t * c, float * soa) {
+    for (int s = 0; s < N_SUB; s++, c += PQ_KSUB * DSUB, soa += PQ_KSUB * DSUB) {
+        for (int64_t i = 0; i < PQ_KSUB; i += W::N) {
+            if constexpr (DSUB == 2) {
+                typename W::T x, y;
+                W::unzip(W::load_f16(c + 2 * i), W::load_f16(c + 2 * i + W::N), &x, &y);
+                W::store(soa + i, x);
+                W::store(soa + PQ_KSUB + i, y);
+            } else {
+                typename W::T xz0, yw0, xz1, yw1, x, y, z, w;
+                W::unzip(W::load_f16(c + 4 * i),            W::load_f16(c + 4 * i +     W::N), &xz0, &yw0);
+                W::unzip(W::load_f16(c + 4 * i + 2 * W::N), W::load_f16(c + 4 * i + 3 * W::N), &xz1, &yw1);
+                W::unzip(xz0, xz1, &x, &z);
+                W::unzip(yw0, yw1, &y, &w);
+                W::store(soa + i, x);
+                W::store(soa + PQ_KSUB + i, y);
+                W::store(soa + 2 * PQ_KSUB + i, z);
+                W::store(soa + 3 * PQ_KSUB + i, w);
+            }
         }
     }
 }
@@ -331,28 +325,33 @@ PQ_INLINE void centroids_to_soa(const uint16_t * c, int64_t ksub, float * soa) {
 
 // Nearest centroid of R points. The distance is (y0 - c0)^2 + (y1 - c1)^2 + ..., summed from the left without fusing. Every lane keeps the
 // first of its equals, and the lanes are merged by the lowest index, so a tie goes to the lowest index.
-// Centroids come as f32 [DSUB][ksub], or, with F16, as they lie in the codebook: for one row conversion in passing is quicker.
-template <int DSUB, int R, bool F16>
+// Points and centroids have N_SUB * DSUB elements. Centroids come as f32 [N_SUB * DSUB][ksub], or, with F16, as they lie in the
+// codebook, [N_SUB][ksub][DSUB]: for one row conversion in passing is quicker.
+template <int DSUB, int N_SUB, int R, bool F16>
 PQ_INLINE void nearest(const float * y, int64_t y_stride, const void * centroids, int64_t ksub, uint8_t * code, int64_t code_stride,
                        float * dist) {
-    V::T best[R], index[R], p[R][DSUB];
+    constexpr int N = N_SUB * DSUB;
+    V::T best[R], index[R], p[R][N];
     PQ_UNROLL
     for (int r = 0; r < R; r++) {
         best[r]  = V::set1(INFINITY);
         index[r] = V::zero();
         PQ_UNROLL
-        for (int e = 0; e < DSUB; e++) {
+        for (int e = 0; e < N; e++) {
             p[r][e] = V::set1(y[r * y_stride + e]);
         }
     }
     V::T lane = F16 ? V::centroid_lanes<DSUB>() : V::iota();
     for (int64_t c = 0; c < ksub; c += V::N) {
-        V::T x[DSUB];
+        V::T x[N];
         if constexpr (F16) {
-            V::load_centroids<DSUB>((const uint16_t *) centroids + c * DSUB, x);
+            PQ_UNROLL
+            for (int s = 0; s < N_SUB; s++) {
+                V::load_centroids<DSUB>((const uint16_t *) centroids + (s * ksub + c) * DSUB, x + s * DSUB);
+            }
         } else {
             PQ_UNROLL
-            for (int e = 0; e < DSUB; e++) {
+            for (int e = 0; e < N; e++) {
                 x[e] = V::load((const float *) centroids + e * ksub + c);
             }
         }
@@ -361,7 +360,7 @@ PQ_INLINE void nearest(const float * y, int64_t y_stride, const void * centroids
             V::T d = V::sub(p[r][0], x[0]);
             d = V::mul(d, d);
             PQ_UNROLL
-            for (int e = 1; e < DSUB; e++) {
+            for (int e = 1; e < N; e++) {
                 const V::T d_e = V::sub(p[r][e], x[e]);
                 d = V::add(d, V::mul(d_e, d_e));
             }
@@ -373,7 +372,7 @@ PQ_INLINE void nearest(const float * y, int64_t y_stride, const void * centroids
     PQ_UNROLL
     for (int r = 0; r < R; r++) {
         const float b = V::hmin(best[r]);
-        const V::T  i = V::if_eq(best[r], V::set1(b), index[r], V::set1((float) PQ_MAX_KSUB));
+        const V::T  i = V::if_eq(best[r], V::set1(b), index[r], V::set1((float) PQ_KSUB));
         code[r * code_stride] = (uint8_t) V::hmin(i);
         if (dist) {
             dist[r] = b;
@@ -381,11 +380,25 @@ PQ_INLINE void nearest(const float * y, int64_t y_stride, const void * centroids
     }
 }
 
+// codes [n][PQ_MAX_M]: one code of n rows
+template <int DSUB, int N_SUB>
+void encode_code(const float * y, int64_t ld, int64_t n, const uint16_t * centroids, float * soa, uint8_t * codes) {
+    int64_t r = 0;
+    if (n >= 4) {
+        centroids_to_soa<V, DSUB, N_SUB>(centroids, soa);
+        for (; r + 4 <= n; r += 4) {
+            nearest<DSUB, N_SUB, 4, false>(y + r * ld, ld, soa, PQ_KSUB, codes + r * PQ_MAX_M, PQ_MAX_M, NULL);
+        }
+    }
+    for (; r < n; r++) {
+        nearest<DSUB, N_SUB, 1, true>(y + r * ld, ld, centroids, PQ_KSUB, codes + r * PQ_MAX_M, PQ_MAX_M, NULL);
+    }
+}
+
 template <int TYPE>
 void encode_tile(const pq_encode_params * p, int64_t row0, int64_t n, int64_t head, const head_block & hb, const pq_encode_scratch & s) {
     constexpr int DSUB = geom<TYPE>::DSUB;
-    constexpr int KSUB = geom<TYPE>::KSUB;
-    const int64_t D = p->D, M = D / DSUB, ld = pq_padded(D);
+    const int64_t D = p->D, n_codes = D / 8 * geom<TYPE>::CODES, ld = pq_padded(D);
 
     for (int64_t r = 0; r < n; r++) {
         const uint8_t * src  = (const uint8_t *) p->x + (row0 + r) * p->x_row_stride + head * p->x_head_stride;
@@ -406,23 +419,19 @@ void encode_tile(const pq_encode_params * p, int64_t row0, int64_t n, int64_t he
         y = s.y;
     }
 
-    for (int64_t m = 0; m < M; m++) {
-        const uint16_t * cen = hb.centroids + m * KSUB * DSUB;
-        int64_t r = 0;
-        if (n >= 4) {
-            centroids_to_soa<V, DSUB>(cen, KSUB, s.soa);
-            for (; r + 4 <= n; r += 4) {
-                nearest<DSUB, 4, false>(y + r * ld + m * DSUB, ld, s.soa, KSUB, s.codes + r * PQ_MAX_M + m, PQ_MAX_M, NULL);
-            }
-        }
-        for (; r < n; r++) {
-            nearest<DSUB, 1, true>(y + r * ld + m * DSUB, ld, cen, KSUB, s.codes + r * PQ_MAX_M + m, PQ_MAX_M, NULL);
+    for (int64_t j = 0; j < n_codes; j++) {
+        const int64_t    d   = code_subspace<TYPE>(j) * DSUB;
+        const uint16_t * cen = hb.centroids + d * PQ_KSUB;
+        if (code_is_last<TYPE>(j)) {
+            encode_code<DSUB, geom<TYPE>::N_LAST>(y + d, ld, n, cen, s.soa, s.codes + j);
+        } else {
+            encode_code<DSUB, 1>(y + d, ld, n, cen, s.soa, s.codes + j);
         }
     }
 
     for (int64_t r = 0; r < n; r++) {
         const int64_t cell = p->row_idx ? p->row_idx[row0 + r] : row0 + r;
-        pack_codes<TYPE>(s.codes + r * PQ_MAX_M, M, p->codes + cell * p->codes_row_stride + head * pq_head_bytes(p->type, p->D));
+        memcpy(p->codes + cell * p->codes_row_stride + head * n_codes, s.codes + r * PQ_MAX_M, (size_t) n_codes);
     }
 }
 
@@ -432,7 +441,7 @@ void encode_item(const pq_encode_params * p, int64_t item, void * scratch) {
     const int64_t head = item % p->n_head_kv;
     const int64_t row0 = item / p->n_head_kv * PQ_ROW_TILE;
     const int64_t n    = pq_min(PQ_ROW_TILE, p->n_rows - row0);
-    const head_block hb = get_head_block(p->type, p->D, p->has_transform, p->codebook, head);
+    const head_block hb = get_head_block(p->D, p->has_transform, p->codebook, head);
     switch (p->type) {
         case PQ_TYPE_PQ4: encode_tile<PQ_TYPE_PQ4>(p, row0, n, head, hb, s); break;
         case PQ_TYPE_PQ3: encode_tile<PQ_TYPE_PQ3>(p, row0, n, head, hb, s); break;
@@ -448,23 +457,22 @@ template <int TYPE, class OFFSET>
 PQ_INLINE void decode_rows(const uint8_t * staged, int64_t n_staged, int64_t n, int64_t D, const uint16_t * centroids,
                            float * y, int64_t t_stride, OFFSET offset) {
     constexpr int DSUB = geom<TYPE>::DSUB;
-    constexpr int KSUB = geom<TYPE>::KSUB;
     for (int64_t d = 0; d < D; d += 8) {
         const int64_t    m   = d / DSUB;
         const uint8_t  * src = staged + m / 8 * n_staged * 8 + m % 8;
-        const uint16_t * c   = centroids + m * KSUB * DSUB;
+        const uint16_t * c   = centroids + d * PQ_KSUB;
         float          * dst = y + offset(d);
         for (int64_t t = 0; t < n; t++) {
-            V8::store(dst + t * t_stride, V8::gather_f16<DSUB>(c, KSUB * DSUB, load_codes(src + t * 8, 8 / DSUB)));
+            V8::store(dst + t * t_stride, V8::gather_f16<DSUB>(c, PQ_KSUB * DSUB, load_codes(src + t * 8, 8 / DSUB)));
         }
     }
 }
 
 template <int TYPE>
 void decode_tile(const pq_decode_params * p, int64_t row0, int64_t n, int64_t head, const head_block & hb, const pq_decode_scratch & s) {
-    const int64_t D = p->D, M = D / geom<TYPE>::DSUB, ld = pq_padded(D);
-    unpack_cells<TYPE>(p->codes + row0 * p->codes_row_stride + head * pq_head_bytes(p->type, p->D), p->codes_row_stride,
-                       [](int64_t i) { return i; }, n, M, s.staged, PQ_ROW_TILE * 8);
+    const int64_t D = p->D, ld = pq_padded(D);
+    stage_subspaces<TYPE>(p->codes + row0 * p->codes_row_stride + head * pq_head_bytes(p->type, p->D), p->codes_row_stride,
+                          [](int64_t i) { return i; }, n, D, s.staged, PQ_ROW_TILE * 8);
     decode_rows<TYPE>(s.staged, PQ_ROW_TILE, n, D, hb.centroids, s.y, ld, [](int64_t d) { return d; });
     const float * x = s.y;
     if (hb.T_inv) {
@@ -485,7 +493,7 @@ void decode_item(const pq_decode_params * p, int64_t item, void * scratch) {
     const int64_t head = item % p->n_head_kv;
     const int64_t row0 = item / p->n_head_kv * PQ_ROW_TILE;
     const int64_t n    = pq_min(PQ_ROW_TILE, p->n_rows - row0);
-    const head_block hb = get_head_block(p->type, p->D, p->has_transform, p->codebook, head);
+    const head_block hb = get_head_block(p->D, p->has_transform, p->codebook, head);
     switch (p->type) {
         case PQ_TYPE_PQ4: decode_tile<PQ_TYPE_PQ4>(p, row0, n, head, hb, s); break;
         case PQ_TYPE_PQ3: decode_tile<PQ_TYPE_PQ3>(p, row0, n, head, hb, s); break;
@@ -537,7 +545,7 @@ void use_side(const pq_attn_side & from, int64_t stream, int64_t head, pq_attn_s
             side->to_float = f16_to_float;
         }
     } else {
-        *block = get_head_block(from.type, from.D, from.has_transform, from.codebook, head);
+        *block = get_head_block(from.D, from.has_transform, from.codebook, head);
     }
 }
 
@@ -767,13 +775,12 @@ PQ_INLINE typename W::T score_post(const pq_attn_params * p, typename W::T s, fl
 template <int TYPE>
 void load_k_tile(attn_item_ctx * c, int64_t cell0, int64_t n) {
     constexpr int DSUB = geom<TYPE>::DSUB;
-    constexpr int KSUB = geom<TYPE>::KSUB;
     const int64_t D = c->k.D, M = D / DSUB;
-    unpack_cells<TYPE>(c->k_data, c->k.row_stride, [=](int64_t t) { return cell0 + pq_min(t, n - 1); }, // the mask takes repeats out
-                       PQ_KV_TILE, M, c->s.staged, PQ_KV_TILE * 8);
+    stage_subspaces<TYPE>(c->k_data, c->k.row_stride, [=](int64_t t) { return cell0 + pq_min(t, n - 1); }, // the mask takes repeats out
+                          PQ_KV_TILE, D, c->s.staged, PQ_KV_TILE * 8);
     for (int64_t m = 0; m < M; m++) {
         const uint8_t  * src = c->s.staged + m / 8 * PQ_KV_TILE * 8 + m % 8;
-        const uint16_t * cen = c->k_block.centroids + m * KSUB * DSUB;
+        const uint16_t * cen = c->k_block.centroids + m * PQ_KSUB * DSUB;
         for (int64_t t = 0; t < PQ_KV_TILE; t += 8) {
             V8::T x[DSUB];
             V8::gather_cells<DSUB>(cen, src + t * 8, x);
@@ -788,9 +795,9 @@ void load_k_tile(attn_item_ctx * c, int64_t cell0, int64_t n) {
 
 template <int TYPE>
 void load_v_tile(attn_item_ctx * c, int64_t cell0, int64_t n) {
-    const int64_t D = c->v.D, M = D / geom<TYPE>::DSUB;
-    unpack_cells<TYPE>(c->v_data, c->v.row_stride, [=](int64_t t) { return cell0 + pq_min(t, n - 1); }, // weight 0 for repeats
-                       PQ_KV_TILE, M, c->s.staged, PQ_KV_TILE * 8);
+    const int64_t D = c->v.D;
+    stage_subspaces<TYPE>(c->v_data, c->v.row_stride, [=](int64_t t) { return cell0 + pq_min(t, n - 1); }, // weight 0 for repeats
+                          PQ_KV_TILE, D, c->s.staged, PQ_KV_TILE * 8);
     decode_rows<TYPE>(c->s.staged, PQ_KV_TILE, PQ_KV_TILE, D, c->v_block.centroids, c->s.vt, PW,
                       [](int64_t d) { return d / PW * PQ_KV_TILE * PW + d % PW; });
 }
@@ -1007,42 +1014,35 @@ int64_t few_cells(attn_item_ctx * c, int64_t cell0, int64_t n, bool * plain) {
     return n_cells;
 }
 
-template <int TYPE>
-void few_stage(const attn_item_ctx * c, const pq_attn_side & side, const uint8_t * data, int64_t n) {
-    const int32_t * cells = c->s.cells;
-    unpack_cells<TYPE>(data, side.row_stride, [=](int64_t i) { return (int64_t) cells[i]; }, n, side.D / geom<TYPE>::DSUB,
-                       c->s.staged, PQ_KV_SEG_STRIDE);
-}
-
-// table [ksub][RP] = inner products of RP query slices (qt + r * ld) with all centroids of a subspace
-template <int DSUB, int RP>
-PQ_INLINE void few_build_table(const float * soa, int64_t ksub, const float * qt, int64_t ld, float * table) {
+// table [PQ_KSUB][RP] = inner products of RP query slices (qt + r * ld) with all centroids, f32 [N][PQ_KSUB], of a code of N elements
+template <int N, int RP>
+PQ_INLINE void few_build_table(const float * soa, const float * qt, int64_t ld, float * table) {
     if constexpr (RP == 8) {
-        V8::T q[DSUB];
-        for (int e = 0; e < DSUB; e++) {
+        V8::T q[N];
+        for (int e = 0; e < N; e++) {
             float lanes[8];
             for (int r = 0; r < 8; r++) {
                 lanes[r] = qt[r * ld + e];
             }
             q[e] = V8::load(lanes);
         }
-        for (int64_t i = 0; i < ksub; i++) {
+        for (int64_t i = 0; i < PQ_KSUB; i++) {
             V8::T x = V8::mul(q[0], V8::set1(soa[i]));
             PQ_UNROLL
-            for (int e = 1; e < DSUB; e++) {
-                x = V8::madd(q[e], V8::set1(soa[e * ksub + i]), x);
+            for (int e = 1; e < N; e++) {
+                x = V8::madd(q[e], V8::set1(soa[e * PQ_KSUB + i]), x);
             }
             V8::store(table + 8 * i, x);
         }
     } else {
-        for (int64_t i = 0; i < ksub; i += 8) {
+        for (int64_t i = 0; i < PQ_KSUB; i += 8) {
             V8::T x[RP];
             PQ_UNROLL
             for (int r = 0; r < RP; r++) {
                 x[r] = V8::mul(V8::set1(qt[r * ld]), V8::load(soa + i));
                 PQ_UNROLL
-                for (int e = 1; e < DSUB; e++) {
-                    x[r] = V8::madd(V8::set1(qt[r * ld + e]), V8::load(soa + e * ksub + i), x[r]);
+                for (int e = 1; e < N; e++) {
+                    x[r] = V8::madd(V8::set1(qt[r * ld + e]), V8::load(soa + e * PQ_KSUB + i), x[r]);
                 }
             }
             if constexpr (RP == 1) {
@@ -1070,24 +1070,30 @@ PQ_INLINE void few_build_table(const float * soa, int64_t ksub, const float * qt
 // s [n][RP] += q'.y
 template <int TYPE, int RP>
 void few_scores_coded(attn_item_ctx * c, int64_t n) {
-    constexpr int DSUB = geom<TYPE>::DSUB;
-    constexpr int KSUB = geom<TYPE>::KSUB;
-    constexpr int NB   = RP <= 2 ? 8 : 4; // subspaces per pass: their tables should fit into the L1 cache
-    const int64_t M = c->k.D / DSUB, ld = c->pl.dk;
-    few_stage<TYPE>(c, c->k, c->k_data, n);
-    for (int64_t m0 = 0; m0 < M; m0 += NB) {
+    constexpr int DSUB   = geom<TYPE>::DSUB;
+    constexpr int N_LAST = geom<TYPE>::N_LAST;
+    constexpr int NB     = RP <= 2 ? 8 : 4; // codes per pass: their tables should fit into the L1 cache
+    const int64_t n_codes = c->k.D / 8 * geom<TYPE>::CODES, ld = c->pl.dk;
+    const int32_t * cells = c->s.cells;
+    stage_cells<false>(c->k_data, c->k.row_stride, [=](int64_t i) { return (int64_t) cells[i]; }, n, n_codes, c->s.staged, PQ_KV_SEG_STRIDE);
+    for (int64_t j0 = 0; j0 < n_codes; j0 += NB) {
         for (int64_t j = 0; j < NB; j++) {
-            float * table = c->s.table + j * KSUB * RP;
-            if (m0 + j < M) {
-                centroids_to_soa<V8, DSUB>(c->k_block.centroids + (m0 + j) * KSUB * DSUB, KSUB, c->s.soa);
-                few_build_table<DSUB, RP>(c->s.soa, KSUB, c->s.qt + (m0 + j) * DSUB, ld, table);
+            float          * table = c->s.table + j * PQ_KSUB * RP;
+            const int64_t    d     = code_subspace<TYPE>(j0 + j) * DSUB;
+            const uint16_t * cen   = c->k_block.centroids + d * PQ_KSUB;
+            if (j0 + j >= n_codes) {
+                memset(table, 0, PQ_KSUB * RP * sizeof(float));
+            } else if (code_is_last<TYPE>(j0 + j)) {
+                centroids_to_soa<V8, DSUB, N_LAST>(cen, c->s.soa);
+                few_build_table<DSUB * N_LAST, RP>(c->s.soa, c->s.qt + d, ld, table);
             } else {
-                memset(table, 0, KSUB * RP * sizeof(float));
+                centroids_to_soa<V8, DSUB, 1>(cen, c->s.soa);
+                few_build_table<DSUB, RP>(c->s.soa, c->s.qt + d, ld, table);
             }
         }
-        const uint8_t * codes = c->s.staged + m0 / 8 * PQ_KV_SEG_STRIDE + m0 % 8;
+        const uint8_t * codes = c->s.staged + j0 / 8 * PQ_KV_SEG_STRIDE + j0 % 8;
         for (int64_t i = 0; i < n; i++) {
-            V8::table_add<RP, NB>(c->s.table, KSUB * RP, codes + i * 8, c->s.s + i * RP);
+            V8::table_add<RP, NB>(c->s.table, PQ_KSUB * RP, codes + i * 8, c->s.s + i * RP);
         }
     }
 }
@@ -1160,23 +1166,39 @@ void few_scores(attn_item_ctx * c, int64_t n) {
     }
 }
 
+// The centroids of 8 elements in f32: as they lie in the codebook, but the subspaces that share a code side by side
+template <int TYPE>
+PQ_INLINE void few_build_centroids(const uint16_t * cen, float * table) {
+    constexpr int64_t n_own = geom<TYPE>::N_LAST == 2 ? 4 * PQ_KSUB : 8 * PQ_KSUB;
+    for (int64_t i = 0; i < n_own; i += 8) {
+        V8::store(table + i, V8::load_f16(cen + i));
+    }
+    for (int64_t i = n_own; i < 8 * PQ_KSUB; i += 16) {
+        const uint16_t * a = cen + n_own + (i - n_own) / 2;
+        V8::T lo, hi;
+        V8::zip_f16_pairs(a, a + 2 * PQ_KSUB, &lo, &hi);
+        V8::store(table + i, lo);
+        V8::store(table + i + 8, hi);
+    }
+}
+
 // o += s [n][RP] * y
 template <int TYPE, int RP>
 void few_values_coded(attn_item_ctx * c, int64_t n) {
     constexpr int DSUB = geom<TYPE>::DSUB;
-    constexpr int KSUB = geom<TYPE>::KSUB;
     constexpr int NV   = RP <= 4 ? 2 : 1; // vectors of 8 elements per pass: RP * NV sums in registers
     const int64_t D = c->v.D;
-    few_stage<TYPE>(c, c->v, c->v_data, n);
+    const int32_t * cells = c->s.cells;
+    stage_subspaces<TYPE>(c->v_data, c->v.row_stride, [=](int64_t i) { return (int64_t) cells[i]; }, n, D, c->s.staged, PQ_KV_SEG_STRIDE);
     for (int64_t d0 = 0; d0 < D; d0 += 8 * NV) {
         const int64_t    m0 = d0 / DSUB;
-        const int64_t    n_floats = pq_min(8 * NV, D - d0) * KSUB;
-        const uint16_t * cen = c->v_block.centroids + d0 * KSUB;
-        for (int64_t i = 0; i < n_floats; i += 8) {
-            V8::store(c->s.table + i, V8::load_f16(cen + i));
-        }
-        if (n_floats < 8 * NV * KSUB) {
-            memset(c->s.table + n_floats, 0, (size_t) (8 * NV * KSUB - n_floats) * sizeof(float));
+        for (int64_t j = 0; j < NV; j++) {
+            float * table = c->s.table + 8 * j * PQ_KSUB;
+            if (d0 + 8 * j < D) {
+                few_build_centroids<TYPE>(c->v_block.centroids + (d0 + 8 * j) * PQ_KSUB, table);
+            } else {
+                memset(table, 0, 8 * PQ_KSUB * sizeof(float));
+            }
         }
         const uint8_t * codes = c->s.staged + m0 / 8 * PQ_KV_SEG_STRIDE + m0 % 8;
         V8::T o[RP][NV];
@@ -1191,7 +1213,7 @@ void few_values_coded(attn_item_ctx * c, int64_t n) {
             V8::T y[NV];
             PQ_UNROLL
             for (int j = 0; j < NV; j++) {
-                y[j] = V8::gather<DSUB>(c->s.table + 8 * j * KSUB, KSUB * DSUB, load_codes(codes + i * 8 + j * (8 / DSUB), 8 / DSUB));
+                y[j] = V8::gather<geom<TYPE>::CODES>(c->s.table + 8 * j * PQ_KSUB, load_codes(codes + i * 8 + j * (8 / DSUB), 8 / DSUB));
             }
             PQ_UNROLL
             for (int r = 0; r < RP; r++) {
@@ -1425,7 +1447,7 @@ void attn_item(const pq_attn_params * p, int64_t item, void * partials, void * s
 template <int DSUB>
 double kmeans_assign_dsub(const float * x, int64_t n, int64_t x_stride, const float * centroids, int32_t ksub, uint8_t * codes,
                           double * sums, int64_t * counts) {
-    float soa[DSUB * PQ_MAX_KSUB];
+    float soa[DSUB * PQ_KSUB];
     const int64_t k_pad = pq_round_up(ksub, V::N);
     for (int64_t c = 0; c < k_pad; c++) {
         for (int e = 0; e < DSUB; e++) {
@@ -1440,10 +1462,10 @@ double kmeans_assign_dsub(const float * x, int64_t n, int64_t x_stride, const fl
         float   dist[4];
         const int64_t left = pq_min(4, n - i);
         if (left == 4) {
-            nearest<DSUB, 4, false>(x + i * x_stride, x_stride, soa, k_pad, code, 1, dist);
+            nearest<DSUB, 1, 4, false>(x + i * x_stride, x_stride, soa, k_pad, code, 1, dist);
         } else {
             for (int64_t r = 0; r < left; r++) {
-                nearest<DSUB, 1, false>(x + (i + r) * x_stride, x_stride, soa, k_pad, code + r, 1, dist + r);
+                nearest<DSUB, 1, 1, false>(x + (i + r) * x_stride, x_stride, soa, k_pad, code + r, 1, dist + r);
             }
         }
         for (int64_t r = 0; r < left; r++) {

@@ -72,15 +72,15 @@ static inline int64_t pq_padded(int64_t n_floats) { return pq_round_up(n_floats,
 struct pq_encode_scratch {
     float   * x;      // [PQ_ROW_TILE][D]  x - mu
     float   * y;      // [PQ_ROW_TILE][padded D]
-    float   * soa;    // [dsub][ksub] centroids of one subspace
-    uint8_t * codes;  // [PQ_ROW_TILE][M]
+    float   * soa;    // [elements][PQ_KSUB] centroids of one code
+    uint8_t * codes;  // [PQ_ROW_TILE][PQ_MAX_M]
 };
 
 static inline pq_encode_scratch pq_encode_carve(pq_arena * a, int64_t D) {
     pq_encode_scratch s;
     s.x     = pq_take<float>(a, PQ_ROW_TILE * pq_padded(D));
     s.y     = pq_take<float>(a, PQ_ROW_TILE * pq_padded(D));
-    s.soa   = pq_take<float>(a, PQ_MAX_DSUB * PQ_MAX_KSUB);
+    s.soa   = pq_take<float>(a, PQ_MAX_DSUB * PQ_KSUB);
     s.codes = pq_take<uint8_t>(a, PQ_ROW_TILE * PQ_MAX_M);
     return s;
 }
@@ -164,12 +164,12 @@ struct pq_attn_scratch {
     float   * kt;     // [panels of cells][dk][panel]
     float   * vt;     // [panels of dv][PQ_KV_TILE][panel]
     float   * s;      // [rows][PQ_KV_TILE]; few rows: [PQ_KV_SEG][rp]
-    uint8_t * staged; // [groups][cells][8] codes, unpacked to bytes
+    uint8_t * staged; // [groups][cells][8] codes
 
     // few rows
     float   * bias;   // [PQ_KV_SEG][rp] slope * mask
-    float   * soa;    // [dsub][ksub]
-    float   * table;  // inner products [subspaces][ksub][rp], or f32 centroids [subspaces][ksub][dsub]
+    float   * soa;    // [elements][PQ_KSUB] centroids of one code
+    float   * table;  // inner products [codes][PQ_KSUB][rp], or f32 centroids [subspaces][PQ_KSUB][dsub]
     int32_t * cells;  // [PQ_KV_SEG] cells that some row may see
 };
 
@@ -201,8 +201,8 @@ static inline pq_attn_scratch pq_attn_carve(pq_arena * a, const pq_attn_plan * p
         s.s      = pq_take<float>(a, PQ_KV_SEG * pl->rp + PQ_PAD);
         s.staged = pq_take<uint8_t>(a, pq_n_groups(d_max) * PQ_KV_SEG_STRIDE);
         s.bias   = pq_take<float>(a, PQ_KV_SEG * pl->rp + PQ_PAD);
-        s.soa    = pq_take<float>(a, PQ_MAX_DSUB * PQ_MAX_KSUB);
-        s.table  = pq_take<float>(a, 8 * PQ_MAX_KSUB * 8);
+        s.soa    = pq_take<float>(a, PQ_MAX_DSUB * PQ_KSUB);
+        s.table  = pq_take<float>(a, 8 * PQ_KSUB * 8);
         s.cells  = pq_take<int32_t>(a, PQ_KV_SEG);
     }
     return s;

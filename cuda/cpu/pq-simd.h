@@ -6,6 +6,8 @@
 // fma() rounds once, on every instruction set. madd() may round twice: it is for results that need not be equal bit for bit.
 #pragma once
 
+#include "../pq/pq-layout.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -247,17 +249,25 @@ struct pq_vec8 {
         }
     }
 
-    // 8 elements from 8/DSUB codes, out of f32 centroids [..][ksub][DSUB]; `stride` elements between subspaces
-    template <int DSUB>
-    PQ_MEMBER T gather(const float * c, size_t stride, size_t w) {
-        if constexpr (DSUB == 2) {
-            const __m128 a = load_64_64(c              + 2 * (w       & 0xff), c +     stride + 2 * (w >> 8 & 0xff));
-            const __m128 b = load_64_64(c + 2 * stride + 2 * (w >> 16 & 0xff), c + 3 * stride + 2 * (w >> 24));
-            return _mm256_insertf128_ps(_mm256_castps128_ps256(a), b, 1);
+    // 8 elements from CODES codes, out of f32 centroids of PQ_KSUB each: four of 2 elements, two of 2 and one of 4, or two of 4
+    template <int CODES>
+    PQ_MEMBER T gather(const float * c, size_t w) {
+        __m128 a, b;
+        if constexpr (CODES == 2) {
+            a = _mm_loadu_ps(c + 4 * (w & 0xff));
+            b = _mm_loadu_ps(c + 4 * (PQ_KSUB + (w >> 8 & 0xff)));
         } else {
-            return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(c + 4 * (w & 0xff))),
-                                        _mm_loadu_ps(c + stride + 4 * (w >> 8 & 0xff)), 1);
+            a = load_64_64(c + 2 * (w & 0xff), c + 2 * (PQ_KSUB + (w >> 8 & 0xff)));
+            b = CODES == 3 ? _mm_loadu_ps(c + 4 * (PQ_KSUB + (w >> 16 & 0xff)))
+                           : load_64_64(c + 2 * (2 * PQ_KSUB + (w >> 16 & 0xff)), c + 2 * (3 * PQ_KSUB + (w >> 24)));
         }
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(a), b, 1);
+    }
+
+    // pairs of halves a0, a1, ... and b0, b1, ... -> a0, b0, a1, b1, ...
+    PQ_MEMBER void zip_f16_pairs(const uint16_t * a, const uint16_t * b, T * lo, T * hi) {
+        *lo = from_half(_mm_unpacklo_epi32(load_half(a), load_half(b)));
+        *hi = from_half(_mm_unpackhi_epi32(load_half(a), load_half(b)));
     }
 
     PQ_MEMBER __m128i load_4_pairs(const uint16_t * a, const uint16_t * b, const uint16_t * c, const uint16_t * d) {
@@ -272,7 +282,7 @@ struct pq_vec8 {
         return _mm_castps_si128(load_64_64(a, b));
     }
 
-    // the same out of f16 centroids
+    // 8 elements from 8/DSUB codes, out of f16 centroids [..][PQ_KSUB][DSUB]; `stride` elements between subspaces
     template <int DSUB>
     PQ_MEMBER T gather_f16(const uint16_t * c, size_t stride, size_t w) {
         if constexpr (DSUB == 2) {
@@ -283,32 +293,27 @@ struct pq_vec8 {
         }
     }
 
-    // 32 codes of nbits 8 or 6, as bytes; reads 4 * NBITS bytes
-    template <int NBITS>
+    // 32 codes as they lie, or with EXPAND from 24, the third of every three twice
+    template <bool EXPAND>
     PQ_MEMBER __m256i load_32_codes(const uint8_t * src) {
-        if constexpr (NBITS == 8) {
-            return _mm256_loadu_si256((const __m256i *) src);
-        } else {
-            const __m256i w = _mm256_shuffle_epi8( // 3 bytes to each group of 4
+        if constexpr (EXPAND) {
+            return _mm256_shuffle_epi8(
                 _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) src)),
-                                        _mm_loadu_si128((const __m128i *) (src + 8)), 1),
-                _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1,
-                                 4, 5, 6, -1, 7, 8, 9, -1, 10, 11, 12, -1, 13, 14, 15, -1));
-            const __m256i a = _mm256_and_si256(w, _mm256_set1_epi32(0x3f));
-            const __m256i b = _mm256_and_si256(_mm256_slli_epi32(w, 2), _mm256_set1_epi32(0x3f00));
-            const __m256i c = _mm256_and_si256(_mm256_slli_epi32(w, 4), _mm256_set1_epi32(0x3f0000));
-            const __m256i d = _mm256_and_si256(_mm256_slli_epi32(w, 6), _mm256_set1_epi32(0x3f000000));
-            return _mm256_or_si256(_mm256_or_si256(a, b), _mm256_or_si256(c, d));
+                                        _mm_loadu_si128((const __m128i *) (src + 8)), 1), // reads no further than 24 bytes
+                _mm256_setr_epi8(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11,
+                                 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 12, 13, 14, 15, 15));
+        } else {
+            return _mm256_loadu_si256((const __m256i *) src);
         }
     }
 
     // 32 codes of each of 4 cells -> 4 groups of 8 codes, `group_stride` bytes apart, each with the 4 cells side by side: four
     // wide stores in place of sixteen narrow ones to as many cache lines
-    template <int NBITS>
-    PQ_MEMBER void unpack_4_cells(const uint8_t * s0, const uint8_t * s1, const uint8_t * s2, const uint8_t * s3, uint8_t * dst,
-                                  int64_t group_stride) {
-        const __m256i a = load_32_codes<NBITS>(s0), b = load_32_codes<NBITS>(s1);
-        const __m256i c = load_32_codes<NBITS>(s2), d = load_32_codes<NBITS>(s3);
+    template <bool EXPAND>
+    PQ_MEMBER void stage_4_cells(const uint8_t * s0, const uint8_t * s1, const uint8_t * s2, const uint8_t * s3, uint8_t * dst,
+                                 int64_t group_stride) {
+        const __m256i a = load_32_codes<EXPAND>(s0), b = load_32_codes<EXPAND>(s1);
+        const __m256i c = load_32_codes<EXPAND>(s2), d = load_32_codes<EXPAND>(s3);
         const __m256i ab_even = _mm256_unpacklo_epi64(a, b), ab_odd = _mm256_unpackhi_epi64(a, b); // groups 0, 2 and 1, 3
         const __m256i cd_even = _mm256_unpacklo_epi64(c, d), cd_odd = _mm256_unpackhi_epi64(c, d);
         _mm256_storeu_si256((__m256i *) (dst                   ), _mm256_permute2x128_si256(ab_even, cd_even, 0x20));
@@ -316,7 +321,18 @@ struct pq_vec8 {
         _mm256_storeu_si256((__m256i *) (dst + 2 * group_stride), _mm256_permute2x128_si256(ab_even, cd_even, 0x31));
         _mm256_storeu_si256((__m256i *) (dst + 3 * group_stride), _mm256_permute2x128_si256(ab_odd,  cd_odd,  0x31));
     }
-    enum { UNPACKS_4_CELLS = 1 };
+
+    // the same with 16 codes as they lie, 2 groups
+    PQ_MEMBER void stage_4_cells_16(const uint8_t * s0, const uint8_t * s1, const uint8_t * s2, const uint8_t * s3, uint8_t * dst,
+                                    int64_t group_stride) {
+        const __m128i a = _mm_loadu_si128((const __m128i *) s0), b = _mm_loadu_si128((const __m128i *) s1);
+        const __m128i c = _mm_loadu_si128((const __m128i *) s2), d = _mm_loadu_si128((const __m128i *) s3);
+        _mm_storeu_si128((__m128i *) (dst                    ), _mm_unpacklo_epi64(a, b));
+        _mm_storeu_si128((__m128i *) (dst                + 16), _mm_unpacklo_epi64(c, d));
+        _mm_storeu_si128((__m128i *) (dst + group_stride     ), _mm_unpackhi_epi64(a, b));
+        _mm_storeu_si128((__m128i *) (dst + group_stride + 16), _mm_unpackhi_epi64(c, d));
+    }
+    enum { STAGES_4_CELLS = 1 };
 
     // one subspace of 8 cells, whose codes are 8 bytes apart: out[e] holds element e of the 8 centroids
     template <int DSUB>
@@ -445,15 +461,24 @@ struct pq_vec8 {
         }
     }
 
-    template <int DSUB>
-    PQ_MEMBER T gather(const float * c, size_t stride, uint32_t w) {
+    template <int CODES>
+    PQ_MEMBER T gather(const float * c, uint32_t w) {
         T r;
-        for (int j = 0; j < 8 / DSUB; j++) {
-            for (int e = 0; e < DSUB; e++) {
-                r.v[j * DSUB + e] = c[j * stride + DSUB * (w >> (8 * j) & 0xff) + e];
+        for (int j = 0, d = 0; j < CODES; j++) {
+            const int n = CODES == 2 || (CODES == 3 && j == 2) ? 4 : 2; // elements of code j
+            for (int e = 0; e < n; e++) {
+                r.v[d + e] = c[d * PQ_KSUB + n * (w >> (8 * j) & 0xff) + e];
             }
+            d += n;
         }
         return r;
+    }
+    PQ_MEMBER void zip_f16_pairs(const uint16_t * a, const uint16_t * b, T * lo, T * hi) {
+        for (int i = 0; i < 8; i++) {
+            T * dst = i < 4 ? lo : hi;
+            dst->v[i % 4 / 2 * 4 + i % 2]     = pq_f16_to_f32(a[i]);
+            dst->v[i % 4 / 2 * 4 + i % 2 + 2] = pq_f16_to_f32(b[i]);
+        }
     }
     template <int DSUB>
     PQ_MEMBER T gather_f16(const uint16_t * c, size_t stride, uint32_t w) {
@@ -465,9 +490,10 @@ struct pq_vec8 {
         }
         return r;
     }
-    template <int NBITS>
-    PQ_MEMBER void unpack_4_cells(const uint8_t *, const uint8_t *, const uint8_t *, const uint8_t *, uint8_t *, int64_t) {}
-    enum { UNPACKS_4_CELLS = 0 };
+    template <bool EXPAND>
+    PQ_MEMBER void stage_4_cells(const uint8_t *, const uint8_t *, const uint8_t *, const uint8_t *, uint8_t *, int64_t) {}
+    PQ_MEMBER void stage_4_cells_16(const uint8_t *, const uint8_t *, const uint8_t *, const uint8_t *, uint8_t *, int64_t) {}
+    enum { STAGES_4_CELLS = 0 };
 
     template <int DSUB>
     PQ_MEMBER void gather_cells(const uint16_t * c, const uint8_t * codes, T * out) {

@@ -57,6 +57,7 @@ struct args_128 : args {
     int32_t    n_tail_warps;
     int32_t    tail_mask_by_16;
     int32_t    early_tables;  // ask for the tables without asking masks first: a part so large has cells that somebody sees
+    int32_t    k_paired, v_paired; // pq3: see tile_cell
     int32_t    settled;       // nothing but queries and new rows is still being written when the kernel starts
     uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups]; 0 before and after a launch
     // The rows of this step, not yet written. n_new 0: they are.
@@ -72,61 +73,102 @@ struct args_128 : args {
     uint32_t smem_codes, smem_weights, smem_sums, smem_barrier; // byte offsets, with those of args
 };
 
+// Bytes of a cell in a warp's tile. The 48 bytes of pq3 come with 16 of the head beside, where every two heads begin at a sector (`paired`), so that they are
+// whole sectors and most often within one line: copied by themselves they take two passes through shared memory for every cell.
+template <int TYPE>
+__host__ __device__ constexpr uint32_t tile_cell() {
+    return TYPE == PQ_TYPE_PQ2 ? 32 : 64;
+}
+
+// Where in them its codes begin.
+template <int TYPE>
+PQ_DEVICE uint32_t tile_skip(const uint8_t * codes, bool paired) {
+    return TYPE == PQ_TYPE_PQ3 && paired ? (uint32_t) (uintptr_t) codes & 16 : 0;
+}
+
 // Words of codes that a lane loads of a cell's K.
 template <int TYPE> struct k_words { enum { N = TYPE == PQ_TYPE_PQ4 ? 4 : TYPE == PQ_TYPE_PQ3 ? 3 : 2 }; };
 
-// Bits of the turn (of a half2 index) that R rows leave to register swaps.
-template <int TYPE, int R> struct k_swaps {
-    enum { BITS = (R == 1 ? 0 : R == 4 ? 1 : 3) & (TYPE == PQ_TYPE_PQ2 ? 2 : 7) }; // pq2: a lookup gives two half2, their order is fixed
-};
+// Half2 of a quarter, the first ones, that lookups give singly.
+template <int TYPE> struct k_one { enum { N = TYPE == PQ_TYPE_PQ4 ? 16 : TYPE == PQ_TYPE_PQ3 ? 8 : 0 }; };
 
-// pq3: four codes of 6 bits at bits 0..23 (anything above) as bytes. Then lookups are those of pq4: shifting and masking for each of them keeps the
-// integer units busy (72 % of the time, for one row).
-PQ_DEVICE uint32_t spread_codes(uint32_t w) {
-    const uint32_t x = __byte_perm(w, w << 4, 0x7610); // codes 0, 1 and 2, 3 in 12 bits of each half
-    return __byte_perm(x, x << 2, 0x7250) & 0x3f3f3f3f;
+// A lookup of K gives one half2, or two side by side. All cells of a group want the same step at the same time, so a lane looks up half2 i ^ turn at
+// step i: `turn` is the cell where lookups give one, and twice the cell's low bits where they give two. pq4 has lookups of one, pq2 of two; a quarter of
+// pq3 has 8 half2 of the first kind, then 8 of the second (pq-layout.h).
+template <int TYPE>
+__host__ __device__ constexpr int k_turn(int g, int i) {
+    return i >= k_one<TYPE>::N ? 2 * g & 6 : g;
 }
 
 struct k_lane {
-    uint32_t low[4];      // address bytes that are the lane's, as PRMT takes them
-    uint32_t pick[4];     // PRMT selectors
-    int32_t  turn;        // of half2 indexes
+    uint32_t low[4], low2[2]; // address bytes that are the lane's, as PRMT takes them: of lookups of one, of two
+    uint32_t pick[4];         // PRMT selectors
+    int32_t  g;               // the cell in its group
 };
+
+// The second half of each follows from the first. Where registers are scarce it is made anew for every group of cells.
+template <int TYPE>
+PQ_DEVICE k_lane without_registers(const k_lane & s) {
+    k_lane x = s;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        x.pick[i]     = (uint32_t) pq_opaque((int) s.pick[i]);
+        x.pick[i + 2] = x.pick[i] ^ 0x20;
+        if constexpr (TYPE != PQ_TYPE_PQ2) {
+            x.low[i]     = (uint32_t) pq_opaque((int) s.low[i]);
+            x.low[i + 2] = x.low[i] ^ 0x1010;
+        }
+    }
+    if constexpr (TYPE != PQ_TYPE_PQ4) {
+        x.low2[0] = (uint32_t) pq_opaque((int) s.low2[0]);
+        x.low2[1] = x.low2[0] ^ 0x1010;
+    }
+    return x;
+}
 
 template <int TYPE>
 PQ_DEVICE void init_k_lane(k_lane & s, int lane) {
     const int g = lane / 4, t = lane % 4;
-    if constexpr (TYPE == PQ_TYPE_PQ2) {
-        s.turn = 2 * (g % 4); // 8-byte lookups: each half of a warp has 16 pairs of banks
+    s.g = g;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            s.pick[i] = pq_keep(0x7600 | (i ^ g % 4) << 4 | (4 + i % 2), lane);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            s.low[i] = pq_keep((32 * t + 8 * (2 * i ^ g % 4)) | (32 * t + 8 * ((2 * i + 1) ^ g % 4)) << 8, lane);
-        }
-    } else {
-        s.turn = g;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            s.pick[i] = pq_keep(0x7600 | (i ^ g % 4) << 4 | (4 + i % 2), lane);
-        }
+    for (int i = 0; i < 4; i++) {
+        s.pick[i] = pq_keep(0x7600 | (i ^ g % 4) << 4 | (4 + i % 2), lane);
+    }
+    if constexpr (TYPE != PQ_TYPE_PQ2) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             s.low[i] = pq_keep((32 * t + 4 * (2 * i ^ g)) | (32 * t + 4 * ((2 * i + 1) ^ g)) << 8, lane);
         }
     }
+    if constexpr (TYPE != PQ_TYPE_PQ4) { // 8-byte lookups: each half of a warp has 16 pairs of banks
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            s.low2[i] = pq_keep((32 * t + 8 * (2 * i ^ g % 4)) | (32 * t + 8 * ((2 * i + 1) ^ g % 4)) << 8, lane);
+        }
+    }
 }
 
-// The words of a cell come from the warp's tile in shared memory, [32][head bytes]: where, and the words of a group.
-template <int TYPE>
-PQ_DEVICE uint32_t k_place(int lane) {
-    return (4 * k_words<TYPE>::N) * (4 * (lane / 4) + lane % 4);
-}
+// The words of a cell come from the warp's tile in shared memory: where, of group 0, and the words of a group. pq3: three words that may lie in two pieces,
+// at swizzled places.
+template <int TYPE> struct k_place {
+    uint32_t at[TYPE == PQ_TYPE_PQ3 ? 3 : 1];
+
+    __device__ __forceinline__ k_place(uint32_t tile, uint32_t skip, int lane) {
+        const int g = lane / 4, t = lane % 4;
+        if constexpr (TYPE == PQ_TYPE_PQ3) {
+#pragma unroll
+            for (int i = 0; i < 3; i++) {
+                at[i] = tile + g * tile_cell<TYPE>() + ((skip + 12 * t + 4 * i) ^ (g / 2 * 16));
+            }
+        } else {
+            at[0] = tile + 4 * k_words<TYPE>::N * lane;
+        }
+    }
+};
 
 template <int TYPE>
-PQ_DEVICE void read_k_words(uint32_t (&w)[k_words<TYPE>::N], uint32_t at) {
+PQ_DEVICE void read_k_words(uint32_t (&w)[k_words<TYPE>::N], const k_place<TYPE> & place, int group) {
+    const uint32_t from = group * 8 * tile_cell<TYPE>(), at = place.at[0] + from;
     if constexpr (TYPE == PQ_TYPE_PQ4) {
         const uint4 v = pq_shared_u128(at);
         w[0] = v.x;
@@ -135,8 +177,8 @@ PQ_DEVICE void read_k_words(uint32_t (&w)[k_words<TYPE>::N], uint32_t at) {
         w[3] = v.w;
     } else if constexpr (TYPE == PQ_TYPE_PQ3) {
         w[0] = pq_shared_u32(at);
-        w[1] = pq_shared_u32(at + 4);
-        w[2] = pq_shared_u32(at + 8);
+        w[1] = pq_shared_u32(place.at[1] + from);
+        w[2] = pq_shared_u32(place.at[2] + from);
     } else {
         const uint2 v = pq_shared_u64(at);
         w[0] = v.x;
@@ -144,27 +186,65 @@ PQ_DEVICE void read_k_words(uint32_t (&w)[k_words<TYPE>::N], uint32_t at) {
     }
 }
 
+// Which cell of a slot, and which 8 elements of it, a lane looks up of V. pq3: half of a warp has all 16 places, for lookups of 8 bytes.
 template <int TYPE>
-PQ_DEVICE void v_place(int lane, uint32_t * at, uint32_t * next) {
+PQ_DEVICE void v_lane_place(int lane, int * cell, int * l) {
+    lane_place<16, true>(lane, cell, l);
+    *l ^= TYPE == PQ_TYPE_PQ3 ? 8 * *cell : 0;
+}
+
+template <int TYPE>
+PQ_DEVICE void init_v_lane(lane_side & s, const side_args & v, int lane) {
+    if constexpr (TYPE == PQ_TYPE_PQ3) { // first two codes: a half2 each, in another order for either cell; then one for two
+        int l;
+        v_lane_place<TYPE>(lane, &s.cell, &l);
+        s.order  = s.cell;
+        s.low[0] = (8 * l + 4 * s.cell) | (8 * l + 4 * (1 ^ s.cell)) << 8;
+        s.low[1] = 8 * l;
+        s.select = 0x3210 + 0x1111 * (3 * l % 4);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            s.pick[i] = 0x7600 | (i ^ s.cell) << 4 | (4 + i);
+        }
+    } else {
+        init_side<TYPE, 16, true>(s, v, 128, lane);
+    }
+}
+
+// At which of the lane's four half2 lookup i is.
+template <int TYPE>
+PQ_DEVICE int v_half2(int i, int order) {
+    return TYPE == PQ_TYPE_PQ3 && i >= 2 ? i : i ^ order;
+}
+
+template <int TYPE, uint32_t TABLE>
+PQ_DEVICE void lookup_v(uint32_t (&y)[4], uint32_t w, const lane_side & s) {
+    if constexpr (TYPE == PQ_TYPE_PQ3) {
+        y[0] = pq_load_shared_u32<TABLE>(__byte_perm(w, s.low[0], s.pick[0]));
+        y[1] = pq_load_shared_u32<TABLE>(__byte_perm(w, s.low[0], s.pick[1]));
+        const uint2 v = pq_load_shared_u64<TABLE + 128>(__byte_perm(w, s.low[1], 0x7624));
+        y[2] = v.x;
+        y[3] = v.y;
+    } else {
+        lookup<TYPE, TABLE>(y, w, s);
+    }
+}
+
+template <int TYPE>
+PQ_DEVICE void v_place(int lane, uint32_t tile, uint32_t * at, uint32_t * next) {
     int cell, l;
-    lane_place<16, true>(lane, &cell, &l);
-    *at   = cell * (16 * k_words<TYPE>::N) + (TYPE == PQ_TYPE_PQ4 ? 4 * l : TYPE == PQ_TYPE_PQ3 ? 3 * l / 4 * 4 : 2 * l);
-    *next = l % 4 == 1 || l % 4 == 2 ? 4 : 0; // pq3: 24 bits that go on in the next word
+    v_lane_place<TYPE>(lane, &cell, &l);
+    *at   = tile + cell * tile_cell<TYPE>() + (TYPE == PQ_TYPE_PQ4 ? 4 * l : TYPE == PQ_TYPE_PQ3 ? 3 * l / 4 * 4 : 2 * l);
+    *next = *at + (l % 4 == 1 || l % 4 == 2 ? 4 : 0); // pq3: three codes that go on in the next word
 }
 
 template <int TYPE>
 PQ_DEVICE uint32_t read_v_word(uint32_t at, uint32_t next, const lane_side & vl) {
     if constexpr (TYPE == PQ_TYPE_PQ3) {
-        return spread_codes(__funnelshift_r(pq_shared_u32(at), pq_shared_u32(at + next), vl.funnel));
+        return __byte_perm(pq_shared_u32(at), pq_shared_u32(next), vl.select);
     } else {
         return TYPE == PQ_TYPE_PQ4 ? pq_shared_u32(at) : pq_shared_u16(at);
     }
-}
-
-// As which type the words of V are looked up.
-template <int TYPE>
-__host__ __device__ constexpr int v_lookup() {
-    return TYPE == PQ_TYPE_PQ3 ? PQ_TYPE_PQ4 : TYPE;
 }
 
 PQ_DEVICE void swap_if(bool yes, uint32_t & a, uint32_t & b) {
@@ -176,49 +256,95 @@ PQ_DEVICE void swap_if(bool yes, uint32_t & a, uint32_t & b) {
 // The lane's 16 half2 of one cell, half2 i ^ turn at i. The row of the table: first the first halves of the four quarters (pq-layout.h).
 template <int TYPE>
 PQ_DEVICE void lookup_k(uint32_t (&y)[16], const uint32_t (&w)[k_words<TYPE>::N], const k_lane & s) {
-    if constexpr (TYPE == PQ_TYPE_PQ2) {
+    constexpr int N_WORDS = TYPE == PQ_TYPE_PQ4 ? 4 : 2; // of codes whose lookups give one, or, pq2, two
+    uint32_t x[N_WORDS], shared = 0;
+    if constexpr (TYPE == PQ_TYPE_PQ3) { // codes of 8 elements are three bytes: the first two of all, then the third ones
+        x[0]   = __byte_perm(w[0], w[1], 0x4310);
+        x[1]   = __byte_perm(w[1], w[2], 0x6532);
+        shared = __byte_perm(__byte_perm(w[0], w[1], 0x0052), w[2], 0x7410);
+    } else {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const uint32_t at = __byte_perm(w[i / 4], s.low[i % 4 / 2], s.pick[i % 4]);
+        for (int i = 0; i < N_WORDS; i++) {
+            x[i] = w[i];
+        }
+    }
+    if constexpr (TYPE != PQ_TYPE_PQ2) {
+        // code i ^ turn: bit 2 of the turn swaps words, the others choose within a word
+#pragma unroll
+        for (int i = 0; i < N_WORDS; i += 2) {
+            swap_if(s.g & 4, x[i], x[i + 1]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * N_WORDS; i++) {
+            const uint32_t at = __byte_perm(x[i / 4], s.low[i % 8 / 2], s.pick[i % 4]);
+            y[i] = i < 8 ? pq_load_shared_u32<0>(at) : pq_load_shared_u32<128>(at);
+        }
+    }
+    if constexpr (TYPE != PQ_TYPE_PQ4) {
+#pragma unroll
+        for (int i = TYPE == PQ_TYPE_PQ3 ? 4 : 0; i < 8; i++) {
+            const uint32_t at = __byte_perm(TYPE == PQ_TYPE_PQ3 ? shared : x[i / 4], s.low2[i % 4 / 2], s.pick[i % 4]);
             const uint2    v  = i < 4 ? pq_load_shared_u64<0>(at) : pq_load_shared_u64<128>(at);
             y[2 * i]     = v.x;
             y[2 * i + 1] = v.y;
         }
-    } else {
-        // code i ^ turn: bit 2 of the turn swaps words, the others choose within a word
-        uint32_t x[4];
-        if constexpr (TYPE == PQ_TYPE_PQ4) {
+    }
+}
+
+// R rows have room for 16 / R turns: the others are undone here, by the bits of the cell that query_place leaves out. What is at half2 i stays within 2^n of it.
+template <int TYPE, int R>
+PQ_DEVICE void swap_back(uint32_t (&y)[16], int g) {
+    constexpr int ROOM = R == 1 ? 7 : R == 4 ? 6 : 4; // bits of g that need no swap
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                x[i] = w[i];
+    for (int half = 0; half < 16; half += 8) {
+        const bool two = TYPE == PQ_TYPE_PQ2 || (TYPE == PQ_TYPE_PQ3 && half == 8);
+#pragma unroll
+        for (int bit = 1; bit < 8; bit *= 2) { // of half2 indexes
+            const int of_g = two ? bit / 2 : bit;
+            // lookups of two have turns of g's low bits only, which pq2 gives other rows of A (query_place)
+            if (of_g == 0 || (TYPE == PQ_TYPE_PQ2 ? (ROOM & bit) != 0 : (ROOM & of_g) != 0)) {
+                continue;
             }
-        } else {
-            x[0] = spread_codes(w[0]);
-            x[1] = spread_codes(__funnelshift_r(w[0], w[1], 24));
-            x[2] = spread_codes(__funnelshift_r(w[1], w[2], 16));
-            x[3] = spread_codes(w[2] >> 8);
-        }
-        swap_if(s.turn & 4, x[0], x[1]);
-        swap_if(s.turn & 4, x[2], x[3]);
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const uint32_t at = __byte_perm(x[i / 4], s.low[i % 8 / 2], s.pick[i % 4]);
-            y[i] = i < 8 ? pq_load_shared_u32<0>(at) : pq_load_shared_u32<128>(at);
+            for (int i = half; i < half + 8; i++) {
+                if ((i & bit) == 0) {
+                    swap_if(g & of_g, y[i], y[i ^ bit]);
+                }
+            }
         }
     }
 }
 
 // How R rows and the turns share the 16 rows of A (R = 4, 8).
 template <int TYPE, int R>
-PQ_DEVICE void query_place(int m /* row of A */, int * row, int * turn) {
+PQ_DEVICE void query_place(int m /* row of A */, int * row, int * g /* what of the cell the turn follows */) {
     *row = m % R;
-    if constexpr (R == 8) {
-        *turn = m / 8 * 4;
-    } else if constexpr (TYPE == PQ_TYPE_PQ2) { // bit 1 of the turn follows the even or odd cell, see take_scores()
-        *turn = m / 8 * 2 + m / 4 % 2 * 4;
+    if constexpr (TYPE == PQ_TYPE_PQ2) { // its turn follows the low bits only
+        *g = R == 8 ? m / 8 * 2 : m / 8 + m / 4 % 2 * 2;
     } else {
-        *turn = m / 4 % 2 * 2 + m / 8 * 4;
+        *g = R == 8 ? m / 8 * 4 : m / 4 % 2 * 2 + m / 8 * 4;
     }
+}
+
+// One row: the lane's part of B, whose columns are the cells' turns. Half2 of the query for word i of column n.
+template <int TYPE>
+__host__ __device__ constexpr int query_words() {
+    return (16 + k_one<TYPE>::N) / 2;
+}
+
+template <int TYPE>
+PQ_DEVICE int query_half2(int i, int n) {
+    constexpr int N_ONE = k_one<TYPE>::N;
+    if (i < N_ONE) {
+        return i ^ (n / 2 + n % 2 * 4);
+    }
+    return N_ONE + ((2 * (i - N_ONE)) ^ 2 * (n / 2)) + n % 2;
+}
+
+// Where the mapped query has element i, so that its half2 are in the order of the lookups.
+template <int TYPE>
+__host__ __device__ constexpr int query_element(int i) {
+    return TYPE == PQ_TYPE_PQ3 ? i / 32 * 32 + i / 4 % 2 * 16 + i / 8 % 4 * 4 + i % 4 : i;
 }
 
 // Which row and which cells of a tile a lane does the softmax of.
@@ -237,13 +363,16 @@ template <int R> struct softmax_lane {
     }
 };
 
-// Scores of a tile: s[i] of cell softmax_lane::cell(lane, i). words(i, w): the lane's words of group i. q: R = 1: the lane's part of B, 16;
-// otherwise of A, 32.
+// Scores of a tile: s[i] of cell softmax_lane::cell(lane, i). words(i, w): the lane's words of group i. q: R = 1: the lane's part of B,
+// query_words(); otherwise of A, 32.
 template <int TYPE, int R, int N_Q, class WORDS>
 PQ_DEVICE void scores_128(float (&s)[softmax_lane<R>::N], WORDS words, const k_lane & kl, const uint32_t (&q)[N_Q], int lane) {
     const int g = lane / 4, t = lane % 4;
     if constexpr (R == 1) {
-        // A: two groups of cells. C [cell][turn]: of row g, column g is wanted
+        // A: cells. What lookups give side by side has to be so in registers too: lookups of one half2 make a row of A each for two groups of cells,
+        // C [cell][turn]; those of two make two rows of one group, C [first or second half2, cell][turn, first or second half2]. Of cell g, lane t = g % 4
+        // has what is wanted: query_half2() has put it there.
+        constexpr int N_ONE = k_one<TYPE>::N;
         float v[4];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -254,15 +383,27 @@ PQ_DEVICE void scores_128(float (&s)[softmax_lane<R>::N], WORDS words, const k_l
                 words(2 * h + i, w);
                 lookup_k<TYPE>(y[i], w, kl);
             }
-            float c[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            float c[4] = { 0.0f, 0.0f, 0.0f, 0.0f }, d[2][4] = {};
 #pragma unroll
-            for (int i = 0; i < 16; i += 2) {
+            for (int i = 0; i < N_ONE; i += 2) {
                 pq_mma_m16n8k16(c, y[0][i], y[1][i], y[0][i + 1], y[1][i + 1], q[i], q[i + 1]);
             }
-            v[2 * h]     = g % 2 ? c[1] : c[0];
-            v[2 * h + 1] = g % 2 ? c[3] : c[2];
+#pragma unroll
+            for (int i = N_ONE; i < 16; i += 4) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    pq_mma_m16n8k16(d[j], y[j][i], y[j][i + 1], y[j][i + 2], y[j][i + 3], q[(N_ONE + i) / 2], q[(N_ONE + i) / 2 + 1]);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                v[2 * h + j] = N_ONE == 0 ? 0.0f : g / 4 ? c[2 * j + 1] : c[2 * j];
+                if (N_ONE < 16) {
+                    v[2 * h + j] += d[j][0] + d[j][3];
+                }
+            }
         }
-        const int owner = g * 4 + g / 2;
+        const int owner = g * 4 + g % 4;
         float x[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -279,20 +420,8 @@ PQ_DEVICE void scores_128(float (&s)[softmax_lane<R>::N], WORDS words, const k_l
             for (int h = 0; h < 2; h++) {
                 uint32_t y[16], w[k_words<TYPE>::N];
                 words(2 * part + h, w);
-                lookup_k<TYPE>(y, w, kl);
-                if constexpr (k_swaps<TYPE, R>::BITS & 1) {
-#pragma unroll
-                    for (int i = 0; i < 16; i += 2) {
-                        swap_if(kl.turn & 1, y[i], y[i + 1]);
-                    }
-                }
-                if constexpr (k_swaps<TYPE, R>::BITS & 2) {
-#pragma unroll
-                    for (int i = 0; i < 16; i += 4) {
-                        swap_if(kl.turn & 2, y[i],     y[i + 2]);
-                        swap_if(kl.turn & 2, y[i + 1], y[i + 3]);
-                    }
-                }
+                lookup_k<TYPE>(y, w, R == 4 ? without_registers<TYPE>(kl) : kl);
+                swap_back<TYPE, R>(y, kl.g);
                 // two chains, as a product waits for the one before it; eight rows have no registers for a second one
                 float c[4] = { 0.0f, 0.0f, 0.0f, 0.0f }, d[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
                 float (&other)[4] = R == 8 ? c : d;
@@ -359,8 +488,8 @@ PQ_DEVICE void values_128(float (&o)[N_O][4], WORD word, const lane_side & vl, u
 #pragma unroll
         for (int j = 0; j < N_SLOT / 2; j++) {
             uint32_t y[2][4];
-            lookup<v_lookup<TYPE>(), TABLE>(y[0], word(j),     vl);
-            lookup<v_lookup<TYPE>(), TABLE>(y[1], word(j + 8), vl);
+            lookup_v<TYPE, TABLE>(y[0], word(j),     vl);
+            lookup_v<TYPE, TABLE>(y[1], word(j + 8), vl);
             const uint32_t pj = __shfl_sync(PQ_FULL_WARP, p, pq_opaque(owner) + 4 * (2 * j % 8) + j / 4); // cell 2j + t / 2
             const uint32_t b0 = __byte_perm(pj, 0, pick_lo);
             const uint32_t b1 = __byte_perm(pj, 0, pick_hi);
@@ -371,10 +500,10 @@ PQ_DEVICE void values_128(float (&o)[N_O][4], WORD word, const lane_side & vl, u
 #pragma unroll
         for (int j = 0; j < N_SLOT / 2; j += 2) {
             uint32_t y[4][4];
-            lookup<v_lookup<TYPE>(), TABLE>(y[0], word(j),     vl);
-            lookup<v_lookup<TYPE>(), TABLE>(y[1], word(j + 8), vl);
-            lookup<v_lookup<TYPE>(), TABLE>(y[2], word(j + 1), vl);
-            lookup<v_lookup<TYPE>(), TABLE>(y[3], word(j + 9), vl);
+            lookup_v<TYPE, TABLE>(y[0], word(j),     vl);
+            lookup_v<TYPE, TABLE>(y[1], word(j + 8), vl);
+            lookup_v<TYPE, TABLE>(y[2], word(j + 1), vl);
+            lookup_v<TYPE, TABLE>(y[3], word(j + 9), vl);
             uint2 b[R / 2];
 #pragma unroll
             for (int r = 0; r < R / 2; r++) {
@@ -450,7 +579,7 @@ PQ_DEVICE void load_T_inv(uint4 (&b)[4], const side_args & k, const uint8_t * bl
 }
 
 // q' of the rows to q_map, half [R][Q_STRIDE]. All warps of the block call it.
-template <int R, int NW>
+template <int KT, int R, int NW>
 PQ_DEVICE void map_queries_128(__half * q_map, const query_rows & q, const side_args & k, const uint8_t * block, uint4 (&b)[4] /* of the warp's first 8 rows */,
                                int warp, int lane) {
     const int g = lane / 4, t = lane % 4;
@@ -467,13 +596,14 @@ PQ_DEVICE void map_queries_128(__half * q_map, const query_rows & q, const side_
             float x, y;
             dot_rows(x, y, q, b);
             if (g < R) {
-                *(__half2 *) (q_map + g * Q_STRIDE + j + 2 * t) = __floats2half2_rn(x, y);
+                *(__half2 *) (q_map + g * Q_STRIDE + query_element<KT>(j + 2 * t)) = __floats2half2_rn(x, y);
             }
         }
     } else if (warp == 0 && g < R) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            *(uint4 *) (q_map + g * Q_STRIDE + 32 * i + 8 * t) = make_uint4(q.hi[4 * i], q.hi[4 * i + 1], q.hi[4 * i + 2], q.hi[4 * i + 3]);
+            *(uint2 *) (q_map + g * Q_STRIDE + query_element<KT>(32 * i + 8 * t))     = make_uint2(q.hi[4 * i],     q.hi[4 * i + 1]);
+            *(uint2 *) (q_map + g * Q_STRIDE + query_element<KT>(32 * i + 8 * t + 4)) = make_uint2(q.hi[4 * i + 2], q.hi[4 * i + 3]);
         }
     }
 }
@@ -671,43 +801,54 @@ PQ_DEVICE void attend_tail_128(float * o, float2 * ml, const args_128 & a, const
 
 // ---- codes ----
 
-// Codes of one side on their way to a warp's tile in shared memory, [32][head bytes].
-template <int N /* 16-byte pieces of a cell */>
+// Codes of one side on their way to a warp's tile in shared memory, [32][tile_cell()]: lanes side by side copy pieces of 16 bytes side by side. K of pq3 has
+// piece i of cell c at i ^ c / 2 % 4, for reads of neighbouring cells at once.
+template <int TYPE, bool IS_V, int R>
 struct tile_source {
-    const uint8_t * lane_codes; // of the part's first cell, at the lane's first piece
+    enum {
+        N      = tile_cell<TYPE>() / 16,   // pieces of a cell
+        ROWS   = PQ_WARP / N,              // cells of a copy
+        BY_ROW = TYPE == PQ_TYPE_PQ4,      // a lane's place is kept. The other types have no registers for that, and work it out
+        STEP   = TYPE == PQ_TYPE_PQ3 && R == 1, // see below
+    };
+    const uint8_t * lane_codes;            // of the part's first cell, at the lane's piece; BY_ROW: of its first row
     uint32_t        lane_dst;
-    uint32_t        further[N == 3 ? 2 : 1]; // pq3: bytes from there to the second and the third piece. 3 pieces of a cell do not divide a warp
+    bool            idle;                  // pq3: the lane's piece is not of the cell
+    bool            halves;                // STEP: the cell lies in one line
 
-    __device__ __forceinline__ tile_source(const uint8_t * codes, uint32_t row_stride, uint32_t tile, int lane)
-        : lane_codes(codes + lane / N * row_stride + 16 * (lane % N)), lane_dst(tile + 16 * lane) {
-        if constexpr (N == 3) {
-#pragma unroll
-            for (int j = 1; j < 3; j++) {
-                const int piece = j * PQ_WARP + lane;
-                further[j - 1] = (piece / 3 - lane / 3) * row_stride + 16 * (piece % 3 - lane % 3);
-            }
-        }
-    }
+    __device__ __forceinline__ tile_source(const uint8_t * codes, uint32_t row_stride, bool paired, uint32_t tile, int lane)
+        : lane_codes(codes + (BY_ROW ? lane / N * row_stride : 0) + 16 * (lane % N)),
+          lane_dst(tile + 16 * (TYPE == PQ_TYPE_PQ3 && !IS_V ? lane ^ lane / (2 * N) % 4 : lane)), idle(TYPE == PQ_TYPE_PQ3 && !paired && lane % N == 3), halves(((uintptr_t) codes & 127) <= 64) {}
 
-    // Asks for tile i, of which n cells exist.
-    __device__ __forceinline__ void copy(int i, uint32_t row_stride, int n, int lane) const {
-        const uint8_t * src = lane_codes + (int64_t) i * (TILE_128 * (uint64_t) row_stride);
-        if (n == TILE_128) {
+    // Asks for tile i of n_cell cells; past the last one it is the last again. STEP: with one row shared memory is what bounds the loop, and of pq3 every fourth
+    // head takes two passes for a cell, which lies in two lines. The others would run ahead of it by more than L2 holds, and lines that heads share be read
+    // twice (32 heads of 131072 cells on an H100: 790 MB for 403). So they take two passes, too.
+    __device__ __forceinline__ void copy(int i, uint32_t row_stride, int n_cell, int lane) const {
+        if constexpr (BY_ROW) {
+            const uint8_t * src = lane_codes + (int64_t) i * (TILE_128 * (uint64_t) row_stride);
+            const int n = min(TILE_128, n_cell - i * TILE_128);
+            if (n == TILE_128) {
 #pragma unroll
-            for (int j = 0; j < N; j++) {
-                if constexpr (N == 3) {
-                    pq_copy_async(lane_dst + 512 * j, src + (j == 0 ? 0 : further[j - 1]));
-                } else {
-                    pq_copy_async(lane_dst + 512 * j, src + (uint64_t) (j * (PQ_WARP / N)) * row_stride);
+                for (int j = 0; j < N; j++) {
+                    pq_copy_async(lane_dst + 512 * j, src + (uint64_t) (j * ROWS) * row_stride);
+                }
+            } else {
+#pragma unroll 1
+                for (int j = 0; j < N; j++) {
+                    const int row = pq_opaque(lane) / N; // or the places of all pieces would take registers
+                    pq_copy_async(lane_dst + 512 * j, src + (int64_t) (min(j * ROWS + row, n - 1) - row) * row_stride);
                 }
             }
         } else {
-#pragma unroll 1
+            const uint32_t first = i * TILE_128 + pq_opaque(lane) / N;
+            const bool     later = STEP && halves && lane % N >= 2;
+#pragma unroll
             for (int j = 0; j < N; j++) {
-                const int l     = pq_opaque(lane); // or the places of all pieces would take registers
-                const int piece = j * PQ_WARP + l;
-                const int down  = min(piece / N, n - 1) - l / N, right = piece % N - l % N;
-                pq_copy_async(lane_dst + 512 * j, src + (int64_t) down * row_stride + 16 * right);
+                const uint8_t * src = pq_mad_wide(min(first + j * ROWS, (uint32_t) n_cell - 1), row_stride, lane_codes);
+                pq_copy_async_if(!idle && !later, lane_dst + 512 * j, src);
+                if (STEP) {
+                    pq_copy_async_if(!idle && later, lane_dst + 512 * j, src);
+                }
             }
         }
     }
@@ -937,17 +1078,12 @@ __device__ __forceinline__ void encode_units(const args_128 & a, pq_encode_group
 }
 
 // Brings to L2 what the last units need, those that blocks with attention will encode: every block a part of it.
-template <int KT, int VT>
 PQ_DEVICE void prefetch_last_units(const args_128 & a, int tid) {
 #pragma unroll 1
     for (int unit = a.n_apart + blockIdx.x; unit < a.n_units; unit += a.n_attn_blocks) {
         const pq_encode_unit u(unit, a.p.n_head_kv, a.by_two_heads);
         if (tid < PQ_ENCODE_FEW_THREADS) {
-            if (KT == VT || u.side == 0) {
-                pq_encode_prefetch<KT>(a.new_rows.side[u.side], u, tid);
-            } else {
-                pq_encode_prefetch<VT>(a.new_rows.side[u.side], u, tid);
-            }
+            pq_encode_prefetch(a.new_rows.side[u.side], u, tid);
         }
     }
 }
@@ -961,13 +1097,13 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     constexpr int NW  = NT / PQ_WARP;
     constexpr int L   = 16;
     constexpr int D   = 128;
-    constexpr int N_Q = R == 1 ? 16 : 32;
+    constexpr int N_Q = R == 1 ? query_words<KT>() : 32;
     constexpr int N_O = R == 1 ? 2 : 2 * R;
     constexpr int N_S = softmax_lane<R>::N;
     constexpr int N_GROUP_ENCODE = NT / PQ_ENCODE_FEW_THREADS;
     static_assert(NT % PQ_ENCODE_FEW_THREADS == 0, "every thread is of a group");
     constexpr uint32_t V_TABLE = table_bytes(KT, L);
-    constexpr uint32_t K_BYTES = TILE_128 * 16 * k_words<KT>::N, V_BYTES = TILE_128 * 16 * k_words<VT>::N;
+    constexpr uint32_t K_BYTES = TILE_128 * tile_cell<KT>(), V_BYTES = TILE_128 * tile_cell<VT>();
 
     extern __shared__ __align__(16) uint8_t smem[];
     row_info * rows    = (row_info *) (smem + a.smem_rows);
@@ -1069,18 +1205,19 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     seen_units tiles(warp < nw_tail ? NW - nw_tail + warp : warp - nw_tail, NW, n_tile, lane);
     seen_units steps(warp, nw_tail, warp < nw_tail ? (n_slots + TAIL_STEP - 1) / TAIL_STEP : 0, lane);
     const uint32_t k_tile = PQ_SHARED_BASE + a.smem_codes + warp * (K_BYTES + V_BYTES), v_tile = k_tile + K_BYTES;
-    const tile_source<k_words<KT>::N> k_source(k_codes, (uint32_t) a.p.k.row_stride, k_tile, lane);
-    const tile_source<k_words<VT>::N> v_source(v_codes, (uint32_t) a.p.v.row_stride, v_tile, lane);
+    const uint32_t k_skip = tile_skip<KT>(k_codes, a.k_paired), v_skip = tile_skip<VT>(v_codes, a.v_paired);
+    const tile_source<KT, false, R> k_source(k_codes - k_skip, (uint32_t) a.p.k.row_stride, a.k_paired, k_tile, lane);
+    const tile_source<VT, true, R>  v_source(v_codes - v_skip, (uint32_t) a.p.v.row_stride, a.v_paired, v_tile, lane);
     // one group of copies per call, even an empty one: the waits count groups
     auto load_k = [&](int i) {
         if (i >= 0) {
-            k_source.copy(i, (uint32_t) a.p.k.row_stride, cells_of(i), lane);
+            k_source.copy(i, (uint32_t) a.p.k.row_stride, n_cell, lane);
         }
         pq_copy_commit();
     };
     auto load_v = [&](int i) {
         if (i >= 0) {
-            v_source.copy(i, (uint32_t) a.p.v.row_stride, cells_of(i), lane);
+            v_source.copy(i, (uint32_t) a.p.v.row_stride, n_cell, lane);
         }
         pq_copy_commit();
     };
@@ -1139,7 +1276,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     query_rows qr;
     load_queries<R>(qr, q_split, lane);
     if (any_tile) {
-        map_queries_128<R, NW>(q_map, qr, a.k, k_block, t_inv, warp, lane);
+        map_queries_128<KT, R, NW>(q_map, qr, a.k, k_block, t_inv, warp, lane);
     }
     __syncthreads(); // mapped queries, new rows
     if (warp < nw_tail) {
@@ -1159,38 +1296,36 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         k_lane    kl = {};
         lane_side vl = {};
         init_k_lane<KT>(kl, lane);
-        init_side<v_lookup<VT>(), L, true>(vl, a.v, D, lane);
-        if (VT == PQ_TYPE_PQ3) { // four lanes share three words
-            int cell, l;
-            lane_place<L, true>(lane, &cell, &l);
-            vl.funnel = -8 * (l % 4) & 31;
-        }
+        init_v_lane<VT>(vl, a.v, lane);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            vl.low[i]  = pq_keep(vl.low[i], lane);
-            vl.pick[i] = pq_keep(vl.pick[i], lane);
+            vl.low[i / 2] = pq_keep(vl.low[i / 2], lane);
+            vl.pick[i]    = pq_keep(vl.pick[i], lane);
         }
         v_order = vl.order;
         uint32_t v_at, v_next;
-        v_place<VT>(lane, &v_at, &v_next);
-        v_at += v_tile;
-        const uint32_t k_at = k_tile + k_place<KT>(lane);
+        v_place<VT>(lane, v_tile + v_skip, &v_at, &v_next);
+        if (VT == PQ_TYPE_PQ3) {
+            v_next = pq_keep(v_next, lane); // or it is added up again for every word
+        }
+        const k_place<KT> k_at(k_tile, k_skip, lane);
 
         uint32_t q[N_Q];
         const uint32_t * q_part = (const uint32_t *) q_map + 16 * t; // the lane's quarter, half2 of row 0
         if constexpr (R == 1) {
 #pragma unroll
-            for (int i = 0; i < 16; i++) {
-                q[i] = q_part[i ^ kl.turn];
+            for (int i = 0; i < query_words<KT>(); i++) {
+                q[i] = q_part[query_half2<KT>(i, kl.g)];
             }
         } else {
 #pragma unroll
             for (int i = 0; i < 8; i++) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    int r, turn;
-                    query_place<KT, R>(g + e % 2 * 8, &r, &turn);
-                    q[4 * i + e] = q_part[r * (Q_STRIDE / 2) + ((2 * i + e / 2) ^ turn)];
+                    int r, g_turn;
+                    query_place<KT, R>(g + e % 2 * 8, &r, &g_turn);
+                    const int step = 2 * i + e / 2;
+                    q[4 * i + e] = q_part[r * (Q_STRIDE / 2) + (step ^ k_turn<KT>(g_turn, step))];
                 }
             }
         }
@@ -1238,7 +1373,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             if constexpr (R == 1) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    read_k_words<KT>(kw[i], k_at + i * K_BYTES / 4);
+                    read_k_words<KT>(kw[i], k_at, i);
                 }
                 __syncwarp();
                 load_k(next);
@@ -1250,7 +1385,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
                         w[i] = kw[g8][i];
                     }
                 } else {
-                    read_k_words<KT>(w, k_at + g8 * K_BYTES / 4);
+                    read_k_words<KT>(w, k_at, g8);
                     if (g8 == 3) {
                         __syncwarp();
                         load_k(next);
@@ -1327,7 +1462,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
                 load_mask(next);
             }
             auto v_word_of = [&](int j) {
-                const uint32_t w = read_v_word<VT>(v_at + j * V_BYTES / N_SLOT, v_next, vl);
+                const uint32_t w = read_v_word<VT>(v_at + j * V_BYTES / N_SLOT, v_next + j * V_BYTES / N_SLOT, vl);
                 if (j == N_SLOT - 1) {
                     __syncwarp();
                     load_v(next);
@@ -1351,7 +1486,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     pq_copy_wait<0>();
     pq_pdl_launch_next();
     if (a.n_apart < a.n_units) {
-        prefetch_last_units<KT, VT>(a, tid);
+        prefetch_last_units(a, tid);
     }
     if (t == 0 && g < R) {
         ml[warp * R + g] = make_float2(m, sum);
@@ -1382,7 +1517,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     __syncthreads();
     if (any_tile) {
         int cell, l;
-        lane_place<L, true>(lane, &cell, &l);
+        v_lane_place<VT>(lane, &cell, &l);
 #pragma unroll
         for (int r = 0; r < R; r++) {
             const float top    = head[4 * r];
@@ -1391,7 +1526,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             for (int i = 0; i < 4; i++) {
                 const float x = R == 1 ? o[i / 2][i % 2 * 2]     : o[r / 2 * 4 + i][r % 2];
                 const float y = R == 1 ? o[i / 2][i % 2 * 2 + 1] : o[r / 2 * 4 + i][r % 2 + 2];
-                *(float2 *) (merge + ((warp * 2 + cell) * R + r) * D + 8 * l + 2 * (i ^ v_order)) = make_float2(x * factor, y * factor);
+                *(float2 *) (merge + ((warp * 2 + cell) * R + r) * D + 8 * l + 2 * v_half2<VT>(i, v_order)) = make_float2(x * factor, y * factor);
             }
         }
     }

@@ -90,9 +90,9 @@ struct args {
 };
 
 // Where the tables lie in shared memory is known at compile time, so that a lookup is one instruction. K begins at 0. L = 8: K
-// and V share rows of 256 bytes. L = 32: two tables fit only when both are pq3, or one side is plain.
+// and V share rows of 256 bytes. L = 32: two tables do not fit, one side is plain or they take turns.
 __host__ __device__ constexpr uint32_t table_bytes(int type, int L) {
-    return type == PLAIN ? 0 : (type == PQ_TYPE_PQ3 ? 64 : 256) * (L == 32 ? 512 : 256);
+    return type == PLAIN ? 0 : PQ_KSUB * (L == 32 ? 512 : 256);
 }
 
 __host__ __device__ constexpr uint32_t v_table_offset(int kt, int L, bool two_phases) {
@@ -115,12 +115,12 @@ struct row_info {
 struct lane_side {
     const uint8_t * data;    // of the stream and head, at the lane's codes
     uint32_t row_stride;
-    uint32_t low[4];         // 8 bits: address bytes that are the lane's, as PRMT takes them. 6 bits: the lane's part of four addresses
-    uint32_t pick[4];        // 8 bits: PRMT selectors. 6 bits: shifts
+    uint32_t low[2];         // address bytes that are the lane's, as PRMT takes them
+    uint32_t pick[4];        // PRMT selectors
     int32_t  cell;           // which of a slot's cells
     int32_t  order;          // half2 i is at position i ^ order of the lane's four
-    int32_t  next_lane;      // 6 bits: the lane whose word follows this lane's
-    uint32_t funnel;         // 6 bits: shift that brings the lane's 24 bits to bits 8..31
+    int32_t  next_lane;      // pq3: the lane whose word follows this lane's
+    uint32_t select;         // pq3: PRMT selector of the lane's three codes in both
     int32_t  bytewise;
 };
 
@@ -164,29 +164,26 @@ PQ_DEVICE void init_side(lane_side & s, const side_args & sa, int D, int lane) {
     const uint32_t plane = l / 16; // 256 bytes of a table row serve 16 lanes: for L = 32 the table has two planes
     const int rot = L == 8 ? s.cell : L == 16 ? l / 8 + 2 * s.cell : l / 8; // 0..3
     s.bytewise = 0;
-    if constexpr (TYPE == PQ_TYPE_PQ4) {
-        s.data += 4 * l;
+    if constexpr (TYPE == PQ_TYPE_PQ4 || TYPE == PQ_TYPE_PQ3) {
         s.order = rot;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            s.pick[i] = 0x7600 | (i ^ rot) << 4 | (4 + i % 2);
+            const int code = TYPE == PQ_TYPE_PQ3 ? min(i ^ rot, 2) : i ^ rot; // pq3: the last two share one
+            s.pick[i] = 0x7600 | code << 4 | (4 + i % 2);
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             s.low[i] = (low | 4 * (2 * i ^ rot)) | (low | 4 * ((2 * i + 1) ^ rot)) << 8 | plane << 16;
         }
+    }
+    if constexpr (TYPE == PQ_TYPE_PQ4) {
+        s.data += 4 * l;
     } else if constexpr (TYPE == PQ_TYPE_PQ3) {
-        s.order = rot;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            s.pick[i] = 6 * (i ^ rot);
-            s.low[i]  = low | 4 * (i ^ rot) | plane << 14;
-        }
-        // Four lanes share three words: bits 0, 24, 48 and 72 of them are the first of theirs.
+        // Four lanes share three words: bytes 0, 3, 6 and 9 of them are the first of theirs.
         s.bytewise  = sa.bytewise;
         s.data     += s.bytewise ? 3 * l : 3 * l / 4 * 4;
         s.next_lane = lane;
-        s.funnel    = s.bytewise ? 0 : 24 - 8 * (l % 4);
+        s.select    = s.bytewise ? 0x3210 : 0x3210 + 0x1111 * (3 * l % 4);
         if (!s.bytewise && (l % 4 == 1 || l % 4 == 2)) {
             s.next_lane = !IS_V || L == 32 ? lane + 1 : L == 16 ? (lane % 2 == 0 ? lane + 1 : lane + 3) : lane + 4;
         }
@@ -225,7 +222,7 @@ template <int TYPE>
 struct table_item {
     enum {
         DSUB  = TYPE == PQ_TYPE_PQ2 ? 4 : 2,
-        KSUB  = TYPE == PQ_TYPE_PQ3 ? 64 : 256,
+        KSUB  = PQ_KSUB,
         N_SUB = 8 / DSUB,        // subspaces of a lane
         N_CEN = 16 / (2 * DSUB), // centroids in 16 bytes
         PLANE = KSUB * 256,
@@ -288,7 +285,7 @@ PQ_DEVICE uint32_t load_word(const lane_side & s, const uint8_t * p) {
         return pq_load_stream_u16(p);
     } else if constexpr (TYPE == PQ_TYPE_PQ3) {
         if (s.bytewise) {
-            return (uint32_t) p[0] << 8 | (uint32_t) p[1] << 16 | (uint32_t) p[2] << 24;
+            return (uint32_t) p[0] | (uint32_t) p[1] << 8 | (uint32_t) p[2] << 16;
         }
     }
     return pq_load_stream_u32(p);
@@ -324,11 +321,7 @@ PQ_DEVICE void lookup(uint32_t (&y)[4], uint32_t w, const lane_side & s) {
             y[i] = pq_load_shared_u32<TABLE>(__byte_perm(w, s.low[i / 2], s.pick[i]));
         }
     } else if constexpr (TYPE == PQ_TYPE_PQ3) {
-        const uint32_t bits = __funnelshift_r(w, __shfl_sync(PQ_FULL_WARP, w, s.next_lane), s.funnel);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            y[i] = pq_load_shared_u32<TABLE>((bits >> s.pick[i] & 0x3f00) | s.low[i]);
-        }
+        lookup<PQ_TYPE_PQ4, TABLE>(y, __byte_perm(w, __shfl_sync(PQ_FULL_WARP, w, s.next_lane), s.select), s);
     } else {
 #pragma unroll
         for (int i = 0; i < 2; i++) {

@@ -23,8 +23,7 @@ cudaError_t launch(const args & a, const pq_cuda_attn_plan & plan, cudaStream_t 
         case PQ_TYPE_PQ4: return plan.lanes == 8  ? launch_kernel<PQ_TYPE_PQ4, PQ_TYPE_PQ4,  8, R, false>(a, plan, stream)
                                                   : launch_kernel<PQ_TYPE_PQ4, PQ_TYPE_PQ4, 16, R, false>(a, plan, stream);
         case PQ_TYPE_PQ3: return plan.lanes == 8  ? launch_kernel<PQ_TYPE_PQ3, PQ_TYPE_PQ3,  8, R, false>(a, plan, stream)
-                               : plan.lanes == 16 ? launch_kernel<PQ_TYPE_PQ3, PQ_TYPE_PQ3, 16, R, false>(a, plan, stream)
-                                                  : launch_kernel<PQ_TYPE_PQ3, PQ_TYPE_PQ3, 32, R, false>(a, plan, stream);
+                                                  : launch_kernel<PQ_TYPE_PQ3, PQ_TYPE_PQ3, 16, R, false>(a, plan, stream);
         case PQ_TYPE_PQ2: return plan.lanes == 8  ? launch_kernel<PQ_TYPE_PQ2, PQ_TYPE_PQ2,  8, R, false>(a, plan, stream)
                                                   : launch_kernel<PQ_TYPE_PQ2, PQ_TYPE_PQ2, 16, R, false>(a, plan, stream);
         default:          break;

@@ -54,12 +54,16 @@ smem_layout get_smem_layout(const pq_attn_params & p, int lanes, int R, bool two
 
 // Whether the tables of K and V can be in shared memory together where one is not written over the other (see v_table_offset).
 bool tables_apart(const pq_attn_params & p, int lanes) {
-    return lanes < 32 || !is_coded(p.k) || !is_coded(p.v) || (p.k.type == PQ_TYPE_PQ3 && p.v.type == PQ_TYPE_PQ3);
+    return lanes < 32 || !is_coded(p.k) || !is_coded(p.v);
 }
 
 struct smem_layout_128 {
     size_t codes, rows, qt, weights, merge_ml, sums, tail, barrier, bytes;
 };
+
+uint32_t tile_cell_of(pq_type type) {
+    return type == PQ_TYPE_PQ4 ? tile_cell<PQ_TYPE_PQ4>() : type == PQ_TYPE_PQ3 ? tile_cell<PQ_TYPE_PQ3>() : tile_cell<PQ_TYPE_PQ2>();
+}
 
 // Of attn_128_kernel.
 smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_warps) {
@@ -73,7 +77,7 @@ smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_
         return at;
     };
     off = (off + 15) / 16 * 16;
-    s.codes    = take(NW * TILE_128 * (pq_head_bytes(p.k.type, 128) + pq_head_bytes(p.v.type, 128)));
+    s.codes    = take(NW * TILE_128 * (tile_cell_of(p.k.type) + tile_cell_of(p.v.type)));
     s.rows     = take(R * sizeof(row_info));
     s.qt       = take((size_t) R * Q_STRIDE * sizeof(uint16_t));
     s.weights  = take(R > 1 ? ((NW + 1) * 16 * R + 4) * sizeof(uint32_t) : 0);
@@ -94,6 +98,11 @@ bool takes_kernel_128(const pq_attn_params & p, const pq_cuda_device_props & dev
     }
     return ((uintptr_t) p.q | p.q_token_stride | p.q_head_stride | p.q_stream_stride) % 16 == 0 &&
            get_smem_layout_128(p, R, p.tail.n > 0).bytes <= device.smem_optin;
+}
+
+// Whether the codes of every two heads are whole sectors of memory.
+bool is_paired(const pq_attn_params & p, const pq_attn_side & s) {
+    return ((uintptr_t) s.data | s.row_stride | s.stream_stride | 2 * s.head_stride) % 32 == 0 && s.head_stride == pq_head_bytes(s.type, s.D) && p.n_head_kv % 2 == 0;
 }
 
 int rows_per_block(int64_t n_rows) {
@@ -222,7 +231,7 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
 static side_args get_side_args(const pq_attn_side & s) {
     side_args a = {};
     if (is_coded(s)) {
-        const pq_codebook_layout l = pq_get_codebook_layout(s.type, s.D, s.has_transform);
+        const pq_codebook_layout l = pq_get_codebook_layout(s.D, s.has_transform);
         a.mu         = (uint32_t) l.mu;
         a.T_inv      = (uint32_t) l.T_inv;
         a.centroids  = (uint32_t) l.centroids;
@@ -273,6 +282,8 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
     a.n_tail_warps    = plan.n_tail_warps;
     a.tail_mask_by_16 = ((uintptr_t) p.tail.mask | p.tail.mask_token_stride | p.tail.mask_stream_stride) % 16 == 0;
     a.early_tables  = plan.cells_per_split >= EARLY_CELLS;
+    a.k_paired      = is_paired(p, p.k);
+    a.v_paired      = is_paired(p, p.v);
     a.settled       = settled;
     a.dst_q8        = dst_q8;
     a.counters      = (uint32_t *) counters;

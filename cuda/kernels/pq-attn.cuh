@@ -9,7 +9,7 @@ namespace pq_attn {
 // The types that the kernel of these parameters is compiled for: equal ones have kernels of their own at the common head sizes; the
 // others share one that looks at the types once per tile. Of two phases there is only that one.
 inline int kernel_type(const pq_attn_params & p, int lanes) {
-    return p.k.type == p.v.type && (lanes < 32 || p.k.type == PQ_TYPE_PQ3) ? (int) p.k.type : ANY_TYPE;
+    return p.k.type == p.v.type && lanes < 32 ? (int) p.k.type : ANY_TYPE;
 }
 
 template <int R>

@@ -155,6 +155,14 @@ PQ_DEVICE void pq_copy_async(uint32_t shared, const uint8_t * global) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" : : "r"(shared), "l"(global) : "memory");
 }
 
+PQ_DEVICE void pq_copy_async_if(bool yes, uint32_t shared, const uint8_t * global) {
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.u32 p, %2, 0;\n"
+                 "@p cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n"
+                 "}" : : "r"(shared), "l"(global), "r"((uint32_t) yes) : "memory");
+}
+
 PQ_DEVICE void pq_copy_commit() {
     asm volatile("cp.async.commit_group;" : : : "memory");
 }

@@ -38,9 +38,9 @@ struct pq_decode_args {
 };
 
 template <int TYPE> struct pq_decode_geom;
-template <> struct pq_decode_geom<PQ_TYPE_PQ4> { enum { DSUB = 2, KSUB = 256, UNIT_BYTES = 4 }; };
-template <> struct pq_decode_geom<PQ_TYPE_PQ3> { enum { DSUB = 2, KSUB = 64,  UNIT_BYTES = 3 }; };
-template <> struct pq_decode_geom<PQ_TYPE_PQ2> { enum { DSUB = 4, KSUB = 256, UNIT_BYTES = 2 }; };
+template <> struct pq_decode_geom<PQ_TYPE_PQ4> { enum { DSUB = 2, UNIT_BYTES = 4 }; };
+template <> struct pq_decode_geom<PQ_TYPE_PQ3> { enum { DSUB = 2, UNIT_BYTES = 3 }; };
+template <> struct pq_decode_geom<PQ_TYPE_PQ2> { enum { DSUB = 4, UNIT_BYTES = 2 }; };
 
 // A unit is the codes of 8 elements.
 template <int TYPE>
@@ -54,24 +54,24 @@ __device__ __forceinline__ uint32_t pq_decode_load_unit(const uint8_t * p) {
     return *(const uint16_t *) p;
 }
 
-// 8 elements of y, from element 8 * j of the head on. table: f16 [M][KSUB][DSUB]
+// 8 elements of y, from element 8 * j of the head on. table: f16 [M][PQ_KSUB][DSUB]
 template <int TYPE, bool GLOBAL>
 __device__ __forceinline__ uint4 pq_decode_lookup(const __half * table, uint32_t codes, int j) {
     typedef pq_decode_geom<TYPE> G;
     if constexpr (G::DSUB == 2) {
-        constexpr int NBITS = TYPE == PQ_TYPE_PQ3 ? 6 : 8;
-        const uint32_t * t = (const uint32_t *) table + j * 4 * G::KSUB;
+        const uint32_t * t = (const uint32_t *) table + j * 4 * PQ_KSUB;
         uint32_t v[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const uint32_t * c = t + i * G::KSUB + ((codes >> (NBITS * i)) & (G::KSUB - 1));
+            const int code = TYPE == PQ_TYPE_PQ3 && i == 3 ? 2 : i; // the last two share one
+            const uint32_t * c = t + i * PQ_KSUB + ((codes >> (8 * code)) & 255);
             v[i] = GLOBAL ? __ldg(c) : *c;
         }
         return make_uint4(v[0], v[1], v[2], v[3]);
     } else {
-        const uint2 * t = (const uint2 *) table + j * 2 * G::KSUB;
+        const uint2 * t = (const uint2 *) table + j * 2 * PQ_KSUB;
         const uint2 * a = t + (codes & 255);
-        const uint2 * b = t + G::KSUB + ((codes >> 8) & 255);
+        const uint2 * b = t + PQ_KSUB + ((codes >> 8) & 255);
         const uint2 va = GLOBAL ? __ldg(a) : *a;
         const uint2 vb = GLOBAL ? __ldg(b) : *b;
         return make_uint4(va.x, va.y, vb.x, vb.y);
@@ -105,16 +105,15 @@ __device__ __forceinline__ uint4 pq_decode_load_tail(const pq_cuda_decode_side &
         *((const uint4 *) (s.tail + source * s.tail_row_stride + head * s.tail_head_stride) + piece);
 }
 
-template <int TYPE>
 __device__ __forceinline__ void pq_decode_start_table(const pq_decode_args & a, int D, const __half * centroids, __half * table) {
     if (a.table_in_smem) {
-        for (int i = threadIdx.x; i < D * pq_decode_geom<TYPE>::KSUB / 8; i += PQ_DECODE_THREADS) {
+        for (int i = threadIdx.x; i < D * PQ_KSUB / 8; i += PQ_DECODE_THREADS) {
             pq_cp_async((uint4 *) table + i, (const uint4 *) centroids + i);
         }
     }
 }
 
-// grid: (parts of the rows, heads of all sides). Dynamic shared memory: the table, f16 [M][KSUB][DSUB]
+// grid: (parts of the rows, heads of all sides). Dynamic shared memory: the table, f16 [M][PQ_KSUB][DSUB]
 template <int TYPE>
 __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_plain_kernel(const __grid_constant__ pq_decode_args a) {
     extern __shared__ __align__(16) uint8_t pq_decode_smem[];
@@ -130,7 +129,7 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_plain_kernel(cons
     const float   * mu        = (const float *) (block + layout.mu);
     const uint8_t * codes     = s.p.codes + head * s.codes_head_stride;
 
-    pq_decode_start_table<TYPE>(a, s.p.D, centroids, table);
+    pq_decode_start_table(a, s.p.D, centroids, table);
     pq_pdl_wait();
     pq_pdl_launch_next();
     pq_cp_async_wait();
@@ -160,10 +159,10 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_plain_kernel(cons
 
 // Rows y, not mapped back, of D = 128 as f16: lookups alone, as fast as memory takes them. 16 threads share a row, so that a warp stores whole lines; the codes
 // of the next rows are on their way while these are looked up.
-// grid: (parts of the rows, heads of all sides). Dynamic shared memory: the table, f16 [M][KSUB][DSUB]
+// grid: (parts of the rows, heads of all sides). Dynamic shared memory: the table, f16 [M][PQ_KSUB][DSUB]
 constexpr int PQ_DECODE_Y_AHEAD  = 4; // rows of a thread
 constexpr int PQ_DECODE_Y_ROWS   = PQ_DECODE_Y_AHEAD * PQ_DECODE_THREADS / 16;
-constexpr int PQ_DECODE_Y_BLOCKS = 4; // of a multiprocessor, which the registers allow; the tables of pq4 and pq2 leave room for three
+constexpr int PQ_DECODE_Y_BLOCKS = 3; // of a multiprocessor: the tables leave room for no more
 
 template <int TYPE, bool WORDS /* pq3: codes lie at multiples of 4 bytes */>
 __global__ void __launch_bounds__(PQ_DECODE_THREADS, PQ_DECODE_Y_BLOCKS) pq_decode_y_kernel(const __grid_constant__ pq_decode_args a) {
@@ -173,7 +172,7 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS, PQ_DECODE_Y_BLOCKS) pq_deco
     const bool second   = (int) blockIdx.y >= n_head_0;
     const int  head     = blockIdx.y - (second ? n_head_0 : 0);
     const pq_cuda_decode_side & s = a.side[second].s;
-    pq_decode_start_table<TYPE>(a, 128, (const __half *) (s.p.codebook + (size_t) head * a.side[second].layout.head_bytes + a.side[second].layout.centroids), table);
+    pq_decode_start_table(a, 128, (const __half *) (s.p.codebook + (size_t) head * a.side[second].layout.head_bytes + a.side[second].layout.centroids), table);
     pq_pdl_wait();
     pq_pdl_launch_next();
 
@@ -266,7 +265,7 @@ struct pq_decode_smem_layout {
     static constexpr int STRIDE   = MAX_COLS + 8; // halves; + 8: the 8 rows of a matrix load lie in different banks
     static constexpr int T_BYTES  = 32 * U * STRIDE * (int) sizeof(uint16_t);
     static constexpr int MU_BYTES = MAX_COLS * (int) sizeof(float);
-    // T_inv: f16 [32 * U][STRIDE] | mu: f32 [MAX_COLS] | table: f16 [M][KSUB][DSUB]
+    // T_inv: f16 [32 * U][STRIDE] | mu: f32 [MAX_COLS] | table: f16 [M][PQ_KSUB][DSUB]
 };
 
 // grid: (parts of the rows, heads of all sides, parts of the columns). Dynamic shared memory: pq_decode_smem_layout
@@ -308,7 +307,7 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS, U <= 4 ? 2 : 1) pq_decode_k
         any = __any_sync(0xffffffff, pq_decode_row_source(s, row0 + lane) == PQ_ROW_CODES);
     }
     if (__syncthreads_or(any)) {
-        pq_decode_start_table<TYPE>(a, D, centroids, table);
+        pq_decode_start_table(a, D, centroids, table);
         const __half * src = (const __half *) (block + layout.T_inv);
 #pragma unroll 4
         for (int i = tid; i < 32 * U * (S::MAX_COLS / 8); i += PQ_DECODE_THREADS) {

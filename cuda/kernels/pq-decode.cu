@@ -70,7 +70,7 @@ cudaError_t pq_cuda_decode_rows(const pq_cuda_decode_side * sides, int n_sides, 
             return err;
         }
         a.side[i].s      = sides[i];
-        a.side[i].layout = pq_get_codebook_layout(p.type, p.D, p.has_transform);
+        a.side[i].layout = pq_get_codebook_layout(p.D, p.has_transform);
         f16      = f16 && sides[i].x_f16;
         codes   |= (uintptr_t) sides[i].p.codes | sides[i].p.codes_row_stride | sides[i].codes_head_stride;
         n_heads += sides[i].p.n_head_kv;
@@ -92,7 +92,7 @@ cudaError_t pq_cuda_decode_rows(const pq_cuda_decode_side * sides, int n_sides, 
         p.type == PQ_TYPE_PQ4 ? get_shape<PQ_TYPE_PQ4>(p.D, p.has_transform, in_code_space, f16, codes) :
         p.type == PQ_TYPE_PQ3 ? get_shape<PQ_TYPE_PQ3>(p.D, p.has_transform, in_code_space, f16, codes) :
                                 get_shape<PQ_TYPE_PQ2>(p.D, p.has_transform, in_code_space, f16, codes);
-    const size_t table_bytes = (size_t) p.D * pq_get_spec(p.type).ksub * sizeof(uint16_t);
+    const size_t table_bytes = (size_t) p.D * PQ_KSUB * sizeof(uint16_t);
     a.n_cols        = shape.n_cols;
     a.table_in_smem = shape.fixed_bytes + table_bytes <= device.smem_optin;
     if (in_code_space && !a.table_in_smem) { // 64 KB: every device from 8.0 on has them

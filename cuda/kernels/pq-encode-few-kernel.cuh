@@ -1,5 +1,5 @@
 // Encode a few rows (token generation), where latency counts: a group of 128 threads takes one head of one side, a strip of 32 of its
-// elements (whole subspaces, whole bytes of codes) and up to 8 rows. A kernel of its own does it (pq-encode.cu), or groups inside the
+// elements (whole codes) and up to 8 rows. A kernel of its own does it (pq-encode.cu), or groups inside the
 // attention kernel of the same step (pq-encode-group.cuh).
 //
 // Codes are bit-identical with the CPU's: x is rounded to f16, each element of y is one chain of fused multiply-adds over
@@ -33,16 +33,34 @@ inline pq_encode_sides pq_make_encode_sides(const pq_encode_params * params, int
     pq_encode_sides sides = {};
     for (int i = 0; i < n_sides; i++) {
         sides.side[i].p          = params[i];
-        sides.side[i].layout     = pq_get_codebook_layout(params[i].type, params[i].D, params[i].has_transform);
+        sides.side[i].layout     = pq_get_codebook_layout(params[i].D, params[i].has_transform);
         sides.side[i].head_bytes = pq_head_bytes(params[i].type, params[i].D);
     }
     return sides;
 }
 
-template <int TYPE> struct pq_encode_geom;
-template <> struct pq_encode_geom<PQ_TYPE_PQ4> { enum { DSUB = 2, KSUB = 256, NBITS = 8 }; };
-template <> struct pq_encode_geom<PQ_TYPE_PQ3> { enum { DSUB = 2, KSUB = 64,  NBITS = 6 }; };
-template <> struct pq_encode_geom<PQ_TYPE_PQ2> { enum { DSUB = 4, KSUB = 256, NBITS = 8 }; };
+// A code stands for DIMS elements: one subspace, or two of two elements each (pq3). Where two share it, a point of four dimensions has half of its
+// centroid in the table of each.
+template <int DIMS_, int DSUB_> struct pq_encode_kind {
+    static constexpr int DIMS   = DIMS_;
+    static constexpr int DSUB   = DSUB_;
+    static constexpr int TABLES = DIMS / DSUB;
+
+    // where element e of centroid c lies, counted from the first table
+    static __host__ __device__ constexpr int element(int c, int e) { return e / DSUB * (PQ_KSUB * DSUB) + c * DSUB + e % DSUB; }
+};
+typedef pq_encode_kind<2, 2> pq_encode_pair;        // pq4, and two of three codes of pq3
+typedef pq_encode_kind<4, 2> pq_encode_shared;      // the third
+typedef pq_encode_kind<4, 4> pq_encode_four;        // pq2
+
+// Codes of a strip: each stands for the elements from place() on.
+template <int TYPE> struct pq_encode_geom {
+    static constexpr int N_CODES = PQ_ENCODE_STRIP / (TYPE == PQ_TYPE_PQ2 ? 4 : 2) * (TYPE == PQ_TYPE_PQ3 ? 3 : 4) / 4;
+
+    static __host__ __device__ constexpr int place(int code) {
+        return TYPE == PQ_TYPE_PQ4 ? 2 * code : TYPE == PQ_TYPE_PQ2 ? 4 * code : code / 3 * 8 + code % 3 * 2;
+    }
+};
 
 struct pq_encode_head {
     const float  * mu;
@@ -81,22 +99,10 @@ __device__ __forceinline__ float pq_encode_distance(const float (&y)[DSUB], cons
     return d;
 }
 
-// Byte b of the codes of a strip. codes: u8 [NSUB] in shared memory
+// Where the codes of a strip go.
 template <int TYPE>
-__device__ __forceinline__ uint8_t pq_encode_pack(const uint8_t * codes, int b) {
-    if (pq_encode_geom<TYPE>::NBITS == 8) {
-        return codes[b];
-    }
-    const uint8_t * q = codes + b / 3 * 4; // four codes in three bytes
-    const uint32_t  w = (uint32_t) q[0] | (uint32_t) q[1] << 6 | (uint32_t) q[2] << 12 | (uint32_t) q[3] << 18;
-    return (uint8_t) (w >> (8 * (b % 3)));
-}
-
-// Where it goes.
-template <int TYPE>
-__device__ __forceinline__ uint8_t * pq_encode_code_byte(const pq_encode_side & side, int64_t cell, int head, int col0, int b) {
-    typedef pq_encode_geom<TYPE> G;
-    return side.p.codes + cell * side.p.codes_row_stride + head * side.head_bytes + col0 / G::DSUB * G::NBITS / 8 + b;
+__device__ __forceinline__ uint8_t * pq_encode_codes(const pq_encode_side & side, int64_t cell, int head, int col0) {
+    return side.p.codes + cell * side.p.codes_row_stride + head * side.head_bytes + col0 / PQ_ENCODE_STRIP * pq_encode_geom<TYPE>::N_CODES;
 }
 
 __device__ __forceinline__ void pq_encode_store_tail(const pq_encode_params & p, int head, int i, int64_t row, __half x) {
@@ -110,29 +116,42 @@ __device__ __forceinline__ void pq_encode_store_tail(const pq_encode_params & p,
 
 constexpr int PQ_ENCODE_FEW_ROWS = 8; // rows of a group
 
-template <int TYPE> struct pq_encode_few_geom : pq_encode_geom<TYPE> {
-    typedef pq_encode_geom<TYPE> G;
-    enum {
-        NSUB  = PQ_ENCODE_STRIP / G::DSUB,
-        LANES = PQ_ENCODE_FEW_THREADS / NSUB, // threads that share a subspace: 8 or 16, never across a warp
-        PER   = 8 / G::DSUB,                  // centroids of a 16-byte load
-        LOADS = G::KSUB / LANES / PER,
-    };
+constexpr int PQ_ENCODE_FEW_LOADS = 8; // of 16 bytes of centroids, per thread
+
+// Threads share the search for a code: 8 of them for a pair of elements, 16 for four, never across a warp. So each has as much to look at.
+struct pq_encode_share {
+    int  code;   // of the strip
+    int  place;  // of its elements in the strip
+    int  lane;   // of the threads that share it
+    bool shared; // pq3: by two subspaces
 };
 
-// A thread's share of the centroids of its subspace.
 template <int TYPE>
-__device__ __forceinline__ void pq_encode_load_centroids(uint4 (&centroids)[pq_encode_few_geom<TYPE>::LOADS], const pq_encode_head & h, int col0, int n_cols,
-                                                         int tid) {
-    typedef pq_encode_few_geom<TYPE> G;
-    const int sub = tid / G::LANES, lane = tid % G::LANES;
-    if (sub * G::DSUB < n_cols) {
-        const uint4 * from = (const uint4 *) (h.centroids + (size_t) (col0 / G::DSUB + sub) * G::KSUB * G::DSUB) + lane;
-#pragma unroll
-        for (int i = 0; i < G::LOADS; i++) {
-            centroids[i] = __ldg(from + i * G::LANES);
-        }
+__device__ __forceinline__ pq_encode_share pq_encode_get_share(int tid) {
+    pq_encode_share s;
+    if constexpr (TYPE == PQ_TYPE_PQ3) { // half of the threads for either kind
+        s.shared = tid >= PQ_ENCODE_FEW_THREADS / 2;
+        s.code   = s.shared ? (tid / 16 - 4) * 3 + 2 : tid / 16 * 3 + tid / 8 % 2;
+        s.lane   = s.shared ? tid % 16 : tid % 8;
+    } else {
+        constexpr int LANES = TYPE == PQ_TYPE_PQ4 ? 8 : 16;
+        s.shared = false;
+        s.code   = tid / LANES;
+        s.lane   = tid % LANES;
     }
+    s.place = pq_encode_geom<TYPE>::place(s.code);
+    return s;
+}
+
+// Load i of a thread's share of the centroids of a strip, in units of 16 bytes.
+template <int TYPE>
+__device__ __forceinline__ int pq_encode_centroid_load(const pq_encode_share & s, int i) {
+    constexpr int TABLE = PQ_KSUB * 2 * (int) sizeof(__half) / 16; // of a pair
+    const int first = s.place * PQ_KSUB * (int) sizeof(__half) / 16 + s.lane;
+    if (TYPE == PQ_TYPE_PQ3 && s.shared) { // from both tables in turns
+        return first + i % 2 * TABLE + i / 2 * 16;
+    }
+    return first + i * (TYPE == PQ_TYPE_PQ2 ? 16 : 8);
 }
 
 // Element j of the strip: one chain of multiply-adds. x: the row without its mean, at 16 bytes
@@ -151,47 +170,63 @@ __device__ __forceinline__ float pq_encode_map(const float * x, const __half (*T
     return y;
 }
 
-// The nearest centroid of the thread's subspace to elements y of a row, in all of its LANES threads. get(i): load i of the thread's share
-template <int TYPE, int UNROLL, class GET>
-__device__ __forceinline__ int pq_encode_search(const float * y, GET get, int tid) {
-    typedef pq_encode_few_geom<TYPE> G;
-    const int lane = tid % G::LANES;
-    float y_sub[G::DSUB];
+// The nearest centroid to elements y of a row, in all LANES threads that share the code. get(i): load i of the thread's share
+template <class KIND, int LANES, int UNROLL, class GET>
+__device__ __forceinline__ int pq_encode_search_shared(const float * y, GET get, int tid) {
+    constexpr int PER = 8 / KIND::DSUB; // centroids of a load
+    const int lane = tid % LANES;
+    float y_code[KIND::DIMS];
 #pragma unroll
-    for (int e = 0; e < G::DSUB; e++) {
-        y_sub[e] = y[e];
+    for (int e = 0; e < KIND::DIMS; e++) {
+        y_code[e] = y[e];
     }
     float best  = INFINITY;
     int   index = 0;
 #pragma unroll UNROLL
-    for (int i = 0; i < G::LOADS; i++) {
-        const uint4    load = get(i);
-        const __half * c8   = (const __half *) &load;
+    for (int i = 0; i < PQ_ENCODE_FEW_LOADS / KIND::TABLES; i++) {
+        uint4 load[KIND::TABLES];
 #pragma unroll
-        for (int j = 0; j < G::PER; j++) {
-            float c[G::DSUB];
+        for (int j = 0; j < KIND::TABLES; j++) {
+            load[j] = get(i * KIND::TABLES + j);
+        }
 #pragma unroll
-            for (int e = 0; e < G::DSUB; e++) {
-                c[e] = __half2float(c8[j * G::DSUB + e]);
+        for (int j = 0; j < PER; j++) {
+            float c[KIND::DIMS];
+#pragma unroll
+            for (int e = 0; e < KIND::DIMS; e++) {
+                c[e] = __half2float(((const __half *) &load[e / KIND::DSUB])[j * KIND::DSUB + e % KIND::DSUB]);
             }
-            const float d = pq_encode_distance<G::DSUB>(y_sub, c);
+            const float d = pq_encode_distance<KIND::DIMS>(y_code, c);
             if (d < best) {
                 best  = d;
-                index = (i * G::LANES + lane) * G::PER + j;
+                index = (i * LANES + lane) * PER + j;
             }
         }
     }
-    const unsigned mask = ((1u << G::LANES) - 1) << (tid & (32 - G::LANES));
+    const unsigned mask = ((1u << LANES) - 1) << (tid & (32 - LANES));
 #pragma unroll
-    for (int o = G::LANES / 2; o > 0; o /= 2) {
-        const float other_best  = __shfl_xor_sync(mask, best,  o, G::LANES);
-        const int   other_index = __shfl_xor_sync(mask, index, o, G::LANES);
+    for (int o = LANES / 2; o > 0; o /= 2) {
+        const float other_best  = __shfl_xor_sync(mask, best,  o, LANES);
+        const int   other_index = __shfl_xor_sync(mask, index, o, LANES);
         if (other_best < best || (other_best == best && other_index < index)) {
             best  = other_best;
             index = other_index;
         }
     }
     return index;
+}
+
+// y: of the strip
+template <int TYPE, int UNROLL, class GET>
+__device__ __forceinline__ int pq_encode_search(const float * y, const pq_encode_share & share, GET get, int tid) {
+    if constexpr (TYPE == PQ_TYPE_PQ2) {
+        return pq_encode_search_shared<pq_encode_four, 16, UNROLL>(y + share.place, get, tid);
+    } else {
+        if (TYPE == PQ_TYPE_PQ3 && share.shared) {
+            return pq_encode_search_shared<pq_encode_shared, 16, UNROLL == 1 ? 1 : UNROLL / 2>(y + share.place, get, tid);
+        }
+        return pq_encode_search_shared<pq_encode_pair, 8, UNROLL>(y + share.place, get, tid);
+    }
 }
 
 // ---- a kernel of its own: one block, one strip ----
@@ -206,18 +241,24 @@ struct alignas(16) pq_encode_few_smem {
 
 template <int TYPE>
 __device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, int64_t row0, pq_encode_few_smem & s) {
-    typedef pq_encode_few_geom<TYPE> G;
+    typedef pq_encode_geom<TYPE> G;
     const pq_encode_params & p = side.p;
     const int tid    = threadIdx.x;
     const int D      = p.D;
     const int n_cols = min(PQ_ENCODE_STRIP, D - col0);
     const int n_rows = (int) min((int64_t) PQ_ENCODE_FEW_ROWS, p.n_rows - row0);
-    const int sub    = tid / G::LANES;
+    const pq_encode_share share = pq_encode_get_share<TYPE>(tid);
     const pq_encode_head h = pq_encode_get_head(side, head);
 
     // the codebook does not depend on earlier kernels: its way through the memory overlaps with their end
-    uint4 centroids[G::LOADS];
-    pq_encode_load_centroids<TYPE>(centroids, h, col0, n_cols, tid);
+    uint4 centroids[PQ_ENCODE_FEW_LOADS];
+    if (share.place < n_cols) {
+        const uint4 * from = (const uint4 *) (h.centroids + (size_t) col0 * PQ_KSUB);
+#pragma unroll
+        for (int i = 0; i < PQ_ENCODE_FEW_LOADS; i++) {
+            centroids[i] = __ldg(from + pq_encode_centroid_load<TYPE>(share, i));
+        }
+    }
     if (h.T) {
         for (int i = tid; i < D * (PQ_ENCODE_STRIP / 8); i += PQ_ENCODE_FEW_THREADS) {
             const int k = i / (PQ_ENCODE_STRIP / 8);
@@ -254,18 +295,18 @@ __device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, i
     }
     __syncthreads();
 
-    for (int r = 0; r < n_rows && sub * G::DSUB < n_cols; r++) {
-        const int index = pq_encode_search<TYPE, G::LOADS>(s.y[r] + sub * G::DSUB, [&](int i) { return centroids[i]; }, tid);
-        if (tid % G::LANES == 0) {
-            (&s.codes[0][0])[r * G::NSUB + sub] = (uint8_t) index;
+    for (int r = 0; r < n_rows && share.place < n_cols; r++) {
+        const int index = pq_encode_search<TYPE, PQ_ENCODE_FEW_LOADS>(s.y[r], share, [&](int i) { return centroids[i]; }, tid);
+        if (share.lane == 0) {
+            s.codes[r][share.code] = (uint8_t) index;
         }
     }
     __syncthreads();
 
-    const int n_bytes = n_cols / G::DSUB * G::NBITS / 8;
-    for (int i = tid; i < n_rows * n_bytes; i += PQ_ENCODE_FEW_THREADS) {
-        const int r = i / n_bytes, b = i % n_bytes;
-        *pq_encode_code_byte<TYPE>(side, s.cell[r], head, col0, b) = pq_encode_pack<TYPE>(&s.codes[0][0] + r * G::NSUB, b);
+    const int n_codes = n_cols * G::N_CODES / PQ_ENCODE_STRIP;
+    for (int i = tid; i < n_rows * n_codes; i += PQ_ENCODE_FEW_THREADS) {
+        const int r = i / n_codes, b = i % n_codes;
+        pq_encode_codes<TYPE>(side, s.cell[r], head, col0)[b] = s.codes[r][b];
     }
 }
 

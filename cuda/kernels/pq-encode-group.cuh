@@ -19,7 +19,7 @@ constexpr int PQ_ENCODE_N_STRIPS = PQ_ENCODE_UNIT_D / PQ_ENCODE_STRIP;
 struct alignas(16) pq_encode_group_smem {
     pq_encode_sides sides;
     float2  turns[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_UNIT_D / 2]; // of the rows from turned_row0 on
-    uint4   centroids[PQ_ENCODE_STRIP * PQ_MAX_KSUB / 8]; // f16 [subspaces of the strip][KSUB][DSUB]
+    uint4   centroids[PQ_ENCODE_STRIP * PQ_KSUB / 8];     // f16 [subspaces of the strip][PQ_KSUB][DSUB]
     float   raw[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_UNIT_D];    // of the unit to come
     float   mu[PQ_ENCODE_UNIT_D];
     __half  T[PQ_ENCODE_UNIT_D][PQ_ENCODE_STRIP];
@@ -77,27 +77,23 @@ __device__ __forceinline__ void pq_encode_ask_for_rows(pq_encode_group_smem & s,
     }
 }
 
-template <int TYPE>
 __device__ __forceinline__ void pq_encode_ask_for_centroids(pq_encode_group_smem & s, const pq_encode_side & side, const pq_encode_unit & u, int tid) {
-    typedef pq_encode_few_geom<TYPE> G;
-    const uint4 * from = (const uint4 *) (pq_encode_get_head(side, u.head).centroids + u.col0 * G::KSUB);
+    const uint4 * from = (const uint4 *) (pq_encode_get_head(side, u.head).centroids + u.col0 * PQ_KSUB);
 #pragma unroll
-    for (int i = tid; i < G::NSUB * G::LANES * G::LOADS; i += PQ_ENCODE_FEW_THREADS) {
+    for (int i = tid; i < PQ_ENCODE_FEW_THREADS * PQ_ENCODE_FEW_LOADS; i += PQ_ENCODE_FEW_THREADS) {
         pq_cp_async(&s.centroids[i], from + i);
     }
 }
 
 // Brings the codebook's part of a unit to L2.
-template <int TYPE>
 __device__ __forceinline__ void pq_encode_prefetch(const pq_encode_side & side, const pq_encode_unit & u, int tid) {
-    typedef pq_encode_geom<TYPE> G;
     const pq_encode_head h = pq_encode_get_head(side, u.head);
     if (h.T) { // a row of the strip is 64 bytes
         pq_prefetch_l2((const uint8_t *) (h.T + tid * PQ_ENCODE_UNIT_D + u.col0));
         pq_prefetch_l2((const uint8_t *) (h.T + tid * PQ_ENCODE_UNIT_D + u.col0) + 32);
     }
-    for (int i = tid * 128; i < PQ_ENCODE_STRIP * G::KSUB * 2; i += PQ_ENCODE_FEW_THREADS * 128) {
-        pq_prefetch_l2((const uint8_t *) (h.centroids + u.col0 * G::KSUB) + i);
+    for (int i = tid * 128; i < PQ_ENCODE_STRIP * PQ_KSUB * 2; i += PQ_ENCODE_FEW_THREADS * 128) {
+        pq_prefetch_l2((const uint8_t *) (h.centroids + u.col0 * PQ_KSUB) + i);
     }
 }
 
@@ -116,28 +112,27 @@ __device__ __forceinline__ void pq_encode_group_begin(const pq_encode_sides & si
 template <int TYPE>
 __device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, int n_head, const small_divisor & by_two_n_head, int unit,
                                                int n_units, int stride, pq_encode_group_smem & s) {
-    typedef pq_encode_few_geom<TYPE> G;
-    constexpr int N_BYTES = G::NSUB * G::NBITS / 8; // of a strip; 8 rows of them are no more than threads
-    static_assert(PQ_ENCODE_FEW_ROWS * N_BYTES <= PQ_ENCODE_FEW_THREADS, "a byte per thread");
-    const int tid = pq_encode_group_thread(), sub = tid / G::LANES;
+    constexpr int N_CODES = pq_encode_geom<TYPE>::N_CODES; // 8 rows of them are no more than threads
+    static_assert(PQ_ENCODE_FEW_ROWS * N_CODES <= PQ_ENCODE_FEW_THREADS, "a code per thread");
+    const int tid = pq_encode_group_thread();
+    const pq_encode_share share = pq_encode_get_share<TYPE>(tid);
     auto at = [&](int unit) { return pq_encode_unit(unit, n_head, by_two_n_head); };
     auto prefetch = [&](int unit) {
         const pq_encode_unit u = at(min(unit, n_units - 1));
         if (unit < n_units && (int) s.sides.side[u.side].p.type == TYPE) {
-            pq_encode_prefetch<TYPE>(s.sides.side[u.side], u, tid);
+            pq_encode_prefetch(s.sides.side[u.side], u, tid);
         }
     };
     {
         const pq_encode_unit u = at(unit);
         pq_encode_ask_for_map(s, s.sides.side[u.side], u, tid);
-        pq_encode_ask_for_centroids<TYPE>(s, s.sides.side[u.side], u, tid);
+        pq_encode_ask_for_centroids(s, s.sides.side[u.side], u, tid);
         prefetch(unit + stride);
         pq_pdl_wait();
         pq_encode_ask_for_rows(s, s.sides.side[u.side], u, tid);
         pq_copy_commit(); // rows, mean, T; centroids come in the next group of copies, and here there is nothing left for it
         pq_copy_commit();
     }
-    const uint4 * centroids = s.centroids + sub * G::LANES * G::LOADS + tid % G::LANES; // the thread's share
     const bool neox  = rope && rope->neox;
     const int  pair  = neox ? tid % 64 : tid / 2; // of element tid of a row
     const int  other = neox ? tid ^ 64 : tid ^ 1;
@@ -150,7 +145,7 @@ __device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, int n_
         const int n_rows = min(PQ_ENCODE_FEW_ROWS, (int) side.p.n_rows - u.row0);
         const int next = unit + stride;
         prefetch(unit + 2 * stride);
-        const int     code_row = min(tid / N_BYTES, n_rows - 1);
+        const int     code_row = min(tid / N_CODES, n_rows - 1);
         const int64_t cell     = side.p.row_idx ? side.p.row_idx[u.row0 + code_row] : u.row0 + code_row; // needed at the end
         const bool    turned   = rope && u.side == 0;
         if (turned && turned_row0 != u.row0) {
@@ -192,18 +187,18 @@ __device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, int n_
         pq_copy_commit();
 #pragma unroll 1
         for (int r = 0; r < n_rows; r++) {
-            const int index = pq_encode_search<TYPE, 2>(s.y[r] + sub * G::DSUB, [&](int i) { return centroids[i * G::LANES]; }, tid);
-            if (tid % G::LANES == 0) {
-                s.codes[r][sub] = (uint8_t) index;
+            const int index = pq_encode_search<TYPE, 2>(s.y[r], share, [&](int i) { return s.centroids[pq_encode_centroid_load<TYPE>(share, i)]; }, tid);
+            if (share.lane == 0) {
+                s.codes[r][share.code] = (uint8_t) index;
             }
         }
         pq_encode_group_sync();
         if (more) {
-            pq_encode_ask_for_centroids<TYPE>(s, s.sides.side[then.side], then, tid);
+            pq_encode_ask_for_centroids(s, s.sides.side[then.side], then, tid);
         }
         pq_copy_commit();
-        if (tid / N_BYTES < n_rows) {
-            *pq_encode_code_byte<TYPE>(side, cell, u.head, u.col0, tid % N_BYTES) = pq_encode_pack<TYPE>(s.codes[code_row], tid % N_BYTES);
+        if (tid / N_CODES < n_rows) {
+            pq_encode_codes<TYPE>(side, cell, u.head, u.col0)[tid % N_CODES] = s.codes[code_row][tid % N_CODES];
         }
         unit = next;
         if (!more) {

@@ -1,12 +1,15 @@
-// Encode: a block takes one head of one side, a strip of 32 of its elements (whole subspaces, whole bytes of codes) and some
+// Encode: a block takes one head of one side, a strip of 32 of its elements (whole codes) and some
 // rows. Its strip of T and its centroids are read once and serve all its rows.
 //
 // Codes are bit-identical with the CPU's: x is rounded to f16, each element of y is one chain of fused multiply-adds over
 // k = 0, 1, ..., a distance is a sum of squares from the left without fusing, and the lowest index wins a tie.
 #pragma once
 
+#include "pq-cuda-common.cuh"
 #include "pq-encode-few-kernel.cuh"
 #include "pq-mma.cuh"
+
+#include <type_traits>
 
 namespace {
 
@@ -56,29 +59,28 @@ struct pq_encode_tile_smem {
     __half   x[ROWS][STRIDE];
     __half   T[16 * D_STEPS][PQ_ENCODE_STRIP + 8];
     float    y[ROWS][PQ_ENCODE_STRIP + 1];                // + 1: rows of a warp lie in different banks
-    uint4    centroids[PQ_ENCODE_STRIP * PQ_MAX_KSUB / 8]; // f16 [NSUB][KSUB][DSUB]
+    uint4    centroids[PQ_ENCODE_STRIP * PQ_KSUB / 8];     // f16 [subspaces of the strip][PQ_KSUB][DSUB]
     float    mu[16 * D_STEPS];
     float    mu_T[PQ_ENCODE_STRIP];
     float    error2_y[ROWS];                              // |x|^2, then the square of how far an element of y can be from the CPU's
     float    column_norm2[PQ_ENCODE_STRIP];               // of T
     float    column_norm, norm_mu;                        // largest |column of T| of the strip, |mu|
-    uint32_t codes[ROWS * PQ_ENCODE_STRIP / 2 / 4];       // u8 [ROWS][NSUB]
+    uint32_t codes[ROWS * PQ_ENCODE_STRIP / 2 / 4];       // u8 [ROWS][N_CODES]
     int32_t  cell[ROWS];
-    // codes that must be computed exactly, as row * NSUB + subspace: a bit for each, and the first ones as a list, which warps share evenly
+    // codes that must be computed exactly, as row * N_CODES + code: a bit for each, and the first ones as a list, which warps share evenly
     uint32_t unsure[ROWS * PQ_ENCODE_STRIP / 2 / 32];
     int32_t  n_unsure;
     uint16_t unsure_list[PQ_ENCODE_MAX_LIST];
 };
 
 // What of a strip does not depend on x.
-template <int TYPE, int D_STEPS>
+template <int D_STEPS>
 __device__ __forceinline__ void pq_encode_tile_begin(const pq_encode_params & p, const pq_encode_head & h, int col0, int n_cols,
                                                      pq_encode_tile_smem<D_STEPS> & s) {
-    typedef pq_encode_geom<TYPE> G;
     const int tid = threadIdx.x;
     const int D   = p.D;
-    for (int i = tid; i < n_cols * G::KSUB / 8; i += PQ_ENCODE_THREADS) {
-        pq_cp_async(&s.centroids[i], (const uint4 *) (h.centroids + (size_t) col0 * G::KSUB) + i);
+    for (int i = tid; i < n_cols * PQ_KSUB / 8; i += PQ_ENCODE_THREADS) {
+        pq_cp_async(&s.centroids[i], (const uint4 *) (h.centroids + (size_t) col0 * PQ_KSUB) + i);
     }
     for (int i = tid; i < D; i += PQ_ENCODE_THREADS) {
         s.mu[i] = __ldg(h.mu + i);
@@ -192,47 +194,22 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
 template <int TYPE, int D_STEPS>
 __device__ __forceinline__ void pq_encode_tile_store(const pq_encode_side & side, int head, int col0, int n_cols, int n_rows,
                                                      const pq_encode_tile_smem<D_STEPS> & s) {
-    typedef pq_encode_geom<TYPE> G;
-    constexpr int NSUB = PQ_ENCODE_STRIP / G::DSUB;
+    constexpr int N_CODES = pq_encode_geom<TYPE>::N_CODES;
+    constexpr int WORDS   = N_CODES / 4;
     const pq_encode_params & p = side.p;
-    uint8_t * const dst    = p.codes + head * side.head_bytes + col0 / G::DSUB * G::NBITS / 8;
+    uint8_t * const dst    = pq_encode_codes<TYPE>(side, 0, head, col0);
     const int64_t   stride = (int64_t) p.codes_row_stride;
     if (n_cols == PQ_ENCODE_STRIP && ((uintptr_t) dst | (uintptr_t) stride) % sizeof(uint32_t) == 0) {
-        if constexpr (G::NBITS == 8) {
-            constexpr int WORDS = NSUB / 4;
-            for (int i = threadIdx.x; i < n_rows * WORDS; i += PQ_ENCODE_THREADS) {
-                *(uint32_t *) (dst + s.cell[i / WORDS] * stride + i % WORDS * 4) = s.codes[i];
-            }
-        } else {
-            for (int r = threadIdx.x; r < n_rows; r += PQ_ENCODE_THREADS) {
-                uint32_t q[4]; // four codes in 24 bits
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const uint32_t c = s.codes[r * 4 + i];
-                    q[i] = (c & 0x3f) | (c >> 2 & 0xfc0) | (c >> 4 & 0x3f000) | (c >> 6 & 0xfc0000);
-                }
-                uint32_t * const w = (uint32_t *) (dst + s.cell[r] * stride);
-                w[0] = q[0]       | q[1] << 24;
-                w[1] = q[1] >> 8  | q[2] << 16;
-                w[2] = q[2] >> 16 | q[3] << 8;
-            }
+        for (int i = threadIdx.x; i < n_rows * WORDS; i += PQ_ENCODE_THREADS) {
+            *(uint32_t *) (dst + s.cell[i / WORDS] * stride + i % WORDS * 4) = s.codes[i];
         }
         return;
     }
-    const int n_bytes = n_cols / G::DSUB * G::NBITS / 8;
-    for (int i = threadIdx.x; i < n_rows * n_bytes; i += PQ_ENCODE_THREADS) {
-        const int r = i / n_bytes;
-        const int b = i % n_bytes;
-        const uint8_t * c = (const uint8_t *) s.codes + r * NSUB;
-        uint8_t byte;
-        if (G::NBITS == 8) {
-            byte = c[b];
-        } else {
-            const uint8_t * q = c + b / 3 * 4;
-            const uint32_t  w = (uint32_t) q[0] | (uint32_t) q[1] << 6 | (uint32_t) q[2] << 12 | (uint32_t) q[3] << 18;
-            byte = (uint8_t) (w >> (8 * (b % 3)));
-        }
-        dst[s.cell[r] * stride + b] = byte;
+    const int n_codes = n_cols * N_CODES / PQ_ENCODE_STRIP;
+    for (int i = threadIdx.x; i < n_rows * n_codes; i += PQ_ENCODE_THREADS) {
+        const int r = i / n_codes;
+        const int b = i % n_codes;
+        dst[s.cell[r] * stride + b] = ((const uint8_t *) s.codes)[r * N_CODES + b];
     }
 }
 
@@ -292,34 +269,49 @@ __device__ __forceinline__ void pq_merge_best(int & best, int & second, int best
 
 constexpr uint32_t PQ_ENCODE_ONES = 0x3c003c00; // two halves
 
-// The search's side of a subspace: centroids as an operand of the product, one register (two for DSUB 4) per 8 of them
-template <int TYPE>
-struct pq_encode_operand {
-    typedef pq_encode_geom<TYPE> G;
-    static constexpr int N  = G::KSUB / 8;
-    static constexpr int KR = G::DSUB == 2 ? 1 : 2;
-    uint32_t b[N][KR];
-    float    scale; // power of two
+// The codes of a warp: two of pairs, or one of four elements, which take as long and as many registers. f(kind, number, code)
+template <int TYPE, class F>
+__device__ __forceinline__ void pq_encode_codes_of_warp(int warp, F f) {
+    typedef std::integral_constant<int, 0> first;
+    typedef std::integral_constant<int, 1> second;
+    if constexpr (TYPE == PQ_TYPE_PQ4) {
+        f(pq_encode_pair{}, first{},  warp);
+        f(pq_encode_pair{}, second{}, warp + 8);
+    } else if constexpr (TYPE == PQ_TYPE_PQ2) {
+        f(pq_encode_four{}, first{}, warp);
+    } else if (warp < 4) {
+        f(pq_encode_shared{}, first{}, 3 * warp + 2);
+    } else {
+        f(pq_encode_pair{}, first{},  3 * (warp - 4));
+        f(pq_encode_pair{}, second{}, 3 * (warp - 4) + 1);
+    }
+}
 
-    __device__ __forceinline__ void load(const __half * centroids /* [KSUB][DSUB] */, int lane) {
+// The search's side of them: centroids as an operand of the product, one register (two for four elements) per 8 of them
+struct pq_encode_operand {
+    static constexpr int N = PQ_KSUB / 8;
+    uint32_t b[2 * N];
+    float    scale[2]; // power of two
+
+    template <class KIND, int I>
+    __device__ __forceinline__ void load(const __half * centroids /* of the first table */, int lane) {
         float largest = 0.0f;
-        for (int i = lane; i < G::KSUB * G::DSUB; i += 32) {
+        for (int i = lane; i < PQ_KSUB * KIND::DIMS; i += 32) { // tables lie side by side
             largest = fmaxf(largest, fabsf(__half2float(centroids[i])));
         }
 #pragma unroll
         for (int o = 16; o > 0; o /= 2) {
             largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, o));
         }
-        scale = largest > 0.0f ? ldexpf(1.0f, PQ_ENCODE_SCALE_BITS - ilogbf(largest)) : 1.0f;
+        scale[I] = largest > 0.0f ? ldexpf(1.0f, PQ_ENCODE_SCALE_BITS - ilogbf(largest)) : 1.0f;
 
         const int g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            const __half * c = centroids + (8 * i + g) * G::DSUB;
             float element = 0.0f, norm2 = 0.0f;
 #pragma unroll
-            for (int e = 0; e < G::DSUB; e++) {
-                const float v = __half2float(c[e]) * scale;
+            for (int e = 0; e < KIND::DIMS; e++) {
+                const float v = __half2float(centroids[KIND::element(8 * i + g, e)]) * scale[I];
                 norm2  += v * v;
                 element = e == t ? v : element;
             }
@@ -328,11 +320,11 @@ struct pq_encode_operand {
             const __half  high = __float2half_rn(half_norm2);
             const __half2 norm = __halves2half2(high, __float2half_rn(half_norm2 - __half2float(high)));
             // rows 2t and 2t + 1 of the operand: -c[t] meets the two halves of y[t]; |c|^2 / 2 meets ones, ones meet |y|^2 / 2
-            if (G::DSUB == 2) {
-                b[i][0] = t < 2 ? bits(minus) : t == 2 ? bits(norm) : PQ_ENCODE_ONES;
+            if constexpr (KIND::DIMS == 2) {
+                b[I * N + i] = t < 2 ? bits(minus) : t == 2 ? bits(norm) : PQ_ENCODE_ONES;
             } else {
-                b[i][0] = bits(minus);
-                b[i][KR - 1] = t == 0 ? bits(norm) : t == 1 ? PQ_ENCODE_ONES : 0;
+                b[2 * i]     = bits(minus);
+                b[2 * i + 1] = t == 0 ? bits(norm) : t == 1 ? PQ_ENCODE_ONES : 0;
             }
         }
     }
@@ -353,16 +345,17 @@ __device__ __forceinline__ uint32_t pq_encode_split(float y) {
     return u;
 }
 
-// Codes of 16 rows and one subspace.
-template <int TYPE, int D_STEPS>
-__device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TYPE> & op, int row0, int n_rows, int sub,
+// Codes of 16 rows: code `code` of the strip, number I of the warp.
+template <int TYPE, class KIND, int I, int D_STEPS>
+__device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & op, int row0, int n_rows, int code_index,
                                                       pq_encode_tile_smem<D_STEPS> & s) {
     typedef pq_encode_geom<TYPE> G;
-    constexpr int DSUB   = G::DSUB;
-    constexpr int NSUB   = PQ_ENCODE_STRIP / DSUB;
-    constexpr int GROUPS = pq_encode_operand<TYPE>::N / 4 < 8 ? 4 : 8; // per lane; with 4 lanes of a row, four times as many
-    constexpr int PER    = pq_encode_operand<TYPE>::N / GROUPS;        // products per group: 2 * PER centroids
-    constexpr int TAG    = 0xff;                                       // of a key: the group. A byte is replaced at once.
+    constexpr int DIMS   = KIND::DIMS;
+    constexpr int N      = pq_encode_operand::N;
+    constexpr int GROUPS = 8;          // per lane; with 4 lanes of a row, four times as many
+    constexpr int PER    = N / GROUPS; // products per group: 2 * PER centroids
+    constexpr int TAG    = 0xff;       // of a key: the group. A byte is replaced at once.
+    const int place = G::place(code_index);
     const int lane = threadIdx.x % 32;
     const int g = lane / 4, t = lane % 4;
 
@@ -372,15 +365,15 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
     for (int r = 0; r < 2; r++) { // rows g and g + 8
         float n2 = 0.0f, mine = 0.0f;
 #pragma unroll
-        for (int e = 0; e < DSUB; e++) {
-            const float v = s.y[row0 + g + 8 * r][sub * DSUB + e] * op.scale;
+        for (int e = 0; e < DIMS; e++) {
+            const float v = s.y[row0 + g + 8 * r][place + e] * op.scale[I];
             n2  += v * v;
             mine = e == t ? v : mine;
         }
         // sums stay positive in spite of their rounding, so that they compare like integers
         offset[r] = n2 * (1.0f / 1024) + 1.0f / 64;
         const float start = 0.5f * n2 + offset[r];
-        if (DSUB == 2) {
+        if (DIMS == 2) {
             a[r] = t == 2 ? PQ_ENCODE_ONES : pq_encode_split(t == 3 ? start : mine);
         } else {
             a[r]     = pq_encode_split(mine);
@@ -401,10 +394,10 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
             for (int i = 0; i < PER; i++) {
                 const int n = group * PER + i;
                 float d[4];
-                if constexpr (DSUB == 2) {
-                    pq_mma_k8(d, a[0], a[1], op.b[n][0], zero);
+                if constexpr (DIMS == 2) {
+                    pq_mma_k8(d, a[0], a[1], op.b[I * N + n], zero);
                 } else {
-                    pq_mma_k16(d, a, op.b[n][0], op.b[n][1], zero);
+                    pq_mma_k16(d, a, op.b[2 * n], op.b[2 * n + 1], zero);
                 }
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
@@ -447,23 +440,22 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
     const int  tag      = (r ? best[1] : best[0]) & TAG;
     const int  row      = row0 + g + 8 * r;
     const int  first    = tag / 4 * (8 * PER) + tag % 4 * 2 + e; // the group's centroids: first, first + 8, first + 16, ...
-    float      y_r[DSUB];
+    float      y_r[DIMS];
 #pragma unroll
-    for (int i = 0; i < DSUB; i++) {
-        y_r[i] = s.y[row][sub * DSUB + i];
+    for (int i = 0; i < DIMS; i++) {
+        y_r[i] = s.y[row][place + i];
     }
-    const __half * centroids = (const __half *) s.centroids + sub * G::KSUB * DSUB;
+    const __half * centroids = (const __half *) s.centroids + place * PQ_KSUB;
     const int  k0  = g % PER; // where a lane begins, so that rows of a warp read from different banks
     const int  at0 = first | 8 * k0;
     const int  id0 = k0 * 2 | e;
     int near = 0x7fffffff, near2 = 0x7fffffff;
 #pragma unroll
     for (int i = 0; i < PER; i++) {
-        const __half2 * cc = (const __half2 *) (centroids + (at0 ^ 8 * i) * DSUB);
         float d;
 #pragma unroll
-        for (int j = 0; j < DSUB; j += 2) {
-            const float2 f  = __half22float2(cc[j / 2]);
+        for (int j = 0; j < DIMS; j += 2) {
+            const float2 f  = __half22float2(*(const __half2 *) (centroids + KIND::element(at0 ^ 8 * i, j)));
             const float  d0 = y_r[j] - f.x, d1 = y_r[j + 1] - f.y;
             d = j == 0 ? d0 * d0 + d1 * d1 : d + d0 * d0 + d1 * d1;
         }
@@ -477,12 +469,12 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
 
     if (e == 0 && row < n_rows) {
         const float n2      = (r ? offset[1] : offset[0]) * 1024; // of scaled y, and a little more
-        const float inv2    = 1.0f / (op.scale * op.scale);
+        const float inv2    = 1.0f / (op.scale[I] * op.scale[I]);
         const float d       = __int_as_float(near & ~15);
         const float d_near2 = __int_as_float(near2 & ~15);
         const float d_other = 2.0f * (__int_as_float((r ? second[1] : second[0]) & ~TAG) - (r ? offset[1] : offset[0])) * inv2;
-        // Squared distances move by 4 |error of y| sqrt(DSUB) per distance, and by roundings. Distances are squared: no root is taken.
-        const float move2     = 16.0f * DSUB * s.error2_y[row];
+        // Squared distances move by 4 |error of y| sqrt(DIMS) per distance, and by roundings. Distances are squared: no root is taken.
+        const float move2     = 16.0f * DIMS * s.error2_y[row];
         const float gap_near2 = d_near2 - d - 0x1p-17f * d_near2;
         const float gap_other = d_other - d - 0x1p-17f * d_other - (0x1p-17f * n2 + 1.0f / 1024) * inv2;
         const bool  sure      =
@@ -490,9 +482,9 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
             gap_other > 0.0f && gap_other * gap_other > move2 * d_other &&
             n2 < PQ_ENCODE_MAX_Y * PQ_ENCODE_MAX_Y;
         const int   code    = tag / 4 * (8 * PER) + (near & 15) / 2 * 8 + tag % 4 * 2 + (near & 1);
-        ((uint8_t *) s.codes)[row * NSUB + sub] = (uint8_t) code;
+        ((uint8_t *) s.codes)[row * G::N_CODES + code_index] = (uint8_t) code;
         if (!sure) { // NaN comes here, too
-            const int at = row * NSUB + sub;
+            const int at = row * G::N_CODES + code_index;
             const int n  = atomicAdd(&s.n_unsure, 1);
             if (n < PQ_ENCODE_MAX_LIST) {
                 s.unsure_list[n] = (uint16_t) at;
@@ -503,12 +495,11 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand<TY
 }
 
 // One code, by a warp, in the order of operations of the CPU
-template <int TYPE, int D_STEPS>
-__device__ __forceinline__ void pq_encode_tile_exact(const pq_encode_params & p, const pq_encode_head & h, int col0, int row, int sub,
-                                                     pq_encode_tile_smem<D_STEPS> & s) {
-    typedef pq_encode_geom<TYPE> G;
+template <class KIND, int D_STEPS>
+__device__ __forceinline__ int pq_encode_tile_exact_of(const pq_encode_params & p, const pq_encode_head & h, int col0, int row, int place,
+                                                    pq_encode_tile_smem<D_STEPS> & s) {
     const int lane = threadIdx.x % 32;
-    const int j    = sub * G::DSUB + lane % G::DSUB;
+    const int j    = place + lane % KIND::DIMS;
     float y_j = 0.0f;
     if (h.T) {
 #pragma unroll 2
@@ -527,21 +518,21 @@ __device__ __forceinline__ void pq_encode_tile_exact(const pq_encode_params & p,
     } else {
         y_j = __fsub_rn(__half2float(s.x[row][col0 + j]), s.mu[col0 + j]);
     }
-    float y[G::DSUB];
+    float y[KIND::DIMS];
 #pragma unroll
-    for (int e = 0; e < G::DSUB; e++) {
+    for (int e = 0; e < KIND::DIMS; e++) {
         y[e] = __shfl_sync(0xffffffff, y_j, e);
     }
-    const __half * centroids = (const __half *) s.centroids + sub * G::KSUB * G::DSUB;
+    const __half * centroids = (const __half *) s.centroids + place * PQ_KSUB;
     float best  = INFINITY;
     int   index = 0;
-    for (int i = lane; i < G::KSUB; i += 32) {
-        float c[G::DSUB];
+    for (int i = lane; i < PQ_KSUB; i += 32) {
+        float c[KIND::DIMS];
 #pragma unroll
-        for (int e = 0; e < G::DSUB; e++) {
-            c[e] = __half2float(centroids[i * G::DSUB + e]);
+        for (int e = 0; e < KIND::DIMS; e++) {
+            c[e] = __half2float(centroids[KIND::element(i, e)]);
         }
-        const float d = pq_encode_distance<G::DSUB>(y, c);
+        const float d = pq_encode_distance<KIND::DIMS>(y, c);
         if (d < best) {
             best  = d;
             index = i;
@@ -556,8 +547,24 @@ __device__ __forceinline__ void pq_encode_tile_exact(const pq_encode_params & p,
             index = other_index;
         }
     }
-    if (lane == 0) {
-        ((uint8_t *) s.codes)[row * (PQ_ENCODE_STRIP / G::DSUB) + sub] = (uint8_t) index;
+    return index;
+}
+
+// Called and not inlined: it is rare, and the registers of the search are counted.
+template <int TYPE, int D_STEPS>
+__device__ __noinline__ void pq_encode_tile_exact(const pq_encode_params & p, const pq_encode_head & h, int col0, int at, pq_encode_tile_smem<D_STEPS> & s) {
+    typedef pq_encode_geom<TYPE> G;
+    const int row = at / G::N_CODES, code = at % G::N_CODES, place = G::place(code);
+    int index;
+    if constexpr (TYPE == PQ_TYPE_PQ2) {
+        index = pq_encode_tile_exact_of<pq_encode_four>(p, h, col0, row, place, s);
+    } else if (TYPE == PQ_TYPE_PQ3 && code % 3 == 2) {
+        index = pq_encode_tile_exact_of<pq_encode_shared>(p, h, col0, row, place, s);
+    } else {
+        index = pq_encode_tile_exact_of<pq_encode_pair>(p, h, col0, row, place, s);
+    }
+    if (threadIdx.x % 32 == 0) {
+        ((uint8_t *) s.codes)[at] = (uint8_t) index;
     }
 }
 
@@ -565,9 +572,7 @@ __device__ __forceinline__ void pq_encode_tile_exact(const pq_encode_params & p,
 template <int TYPE, int D_STEPS>
 __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(const __grid_constant__ pq_encode_sides sides) {
     typedef pq_encode_geom<TYPE> G;
-    constexpr int NSUB  = PQ_ENCODE_STRIP / G::DSUB;
     constexpr int WARPS = PQ_ENCODE_THREADS / 32;
-    constexpr int SUBS  = NSUB / WARPS; // subspaces of a warp
     extern __shared__ __align__(16) uint8_t pq_encode_smem[];
     pq_encode_tile_smem<D_STEPS> & s = *(pq_encode_tile_smem<D_STEPS> *) pq_encode_smem;
 
@@ -587,17 +592,15 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
     const int n_cols = min(PQ_ENCODE_STRIP, p.D - col0);
     const pq_encode_head h = pq_encode_get_head(side, head);
 
-    pq_encode_tile_begin<TYPE>(p, h, col0, n_cols, s);
+    pq_encode_tile_begin(p, h, col0, n_cols, s);
     __syncthreads();
 
-    pq_encode_operand<TYPE> op[SUBS];
-#pragma unroll
-    for (int i = 0; i < SUBS; i++) {
-        const int sub = warp + i * WARPS;
-        if (sub * G::DSUB < n_cols) {
-            op[i].load((const __half *) s.centroids + sub * G::KSUB * G::DSUB, tid % 32);
+    pq_encode_operand op;
+    pq_encode_codes_of_warp<TYPE>(warp, [&](auto kind, auto i, int code) {
+        if (G::place(code) < n_cols) {
+            op.load<decltype(kind), i.value>((const __half *) s.centroids + G::place(code) * PQ_KSUB, tid % 32);
         }
-    }
+    });
     if (warp == 0) { // how far y can be from the CPU's; without a transform it is the same
         float mu2 = 0.0f;
         for (int k = tid; k < p.D; k += 32) {
@@ -624,20 +627,18 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
         pq_encode_tile_transform(p, h, col0, s);
         __syncthreads();
         for (int row = 0; row < n_rows; row += 16) {
-#pragma unroll
-            for (int i = 0; i < SUBS; i++) {
-                const int sub = warp + i * WARPS;
-                if (sub * G::DSUB < n_cols) {
-                    pq_encode_tile_search<TYPE>(op[i], row, n_rows, sub, s);
+            pq_encode_codes_of_warp<TYPE>(pq_opaque(warp), [&](auto kind, auto i, int code) { // not known ahead: places of both kinds would take registers
+                if (G::place(code) < n_cols) {
+                    pq_encode_tile_search<TYPE, decltype(kind), i.value>(op, row, n_rows, code, s);
                 }
-            }
+            });
         }
         __syncthreads();
         const bool listed = s.n_unsure <= PQ_ENCODE_MAX_LIST;
-        for (int i = warp; i < (listed ? s.n_unsure : s.ROWS * NSUB / 32); i += WARPS) {
+        for (int i = warp; i < (listed ? s.n_unsure : s.ROWS * G::N_CODES / 32); i += WARPS) {
             for (uint32_t left = listed ? 1 : s.unsure[i]; left != 0; left &= left - 1) {
                 const int at = listed ? s.unsure_list[i] : i * 32 + __ffs(left) - 1;
-                pq_encode_tile_exact<TYPE>(p, h, col0, at / NSUB, at % NSUB, s);
+                pq_encode_tile_exact<TYPE>(p, h, col0, at, s);
             }
         }
         __syncthreads();

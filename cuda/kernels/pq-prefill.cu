@@ -27,8 +27,8 @@ static pq_prefill_args get_args(const pq_cuda_prefill_step & s) {
     const pq_attn_params & p = s.p;
     pq_prefill_args a = {};
     a.s = s;
-    a.k = pq_get_codebook_layout(p.k.type, p.k.D, p.k.has_transform);
-    a.v = pq_get_codebook_layout(p.v.type, p.v.D, p.v.has_transform);
+    a.k = pq_get_codebook_layout(p.k.D, p.k.has_transform);
+    a.v = pq_get_codebook_layout(p.v.D, p.v.has_transform);
     a.n_group       = p.n_head / p.n_head_kv;
     a.n_row_blocks  = (int32_t) ((p.n_q * a.n_group + PQ_PREFILL_ROWS - 1) / PQ_PREFILL_ROWS);
     a.n_slot_blocks = (int32_t) ((p.tail.n + PQ_PREFILL_ROWS - 1) / PQ_PREFILL_ROWS);

@@ -118,9 +118,9 @@ struct head_parts {
     size_t total() const { return mu + T + centroids; }
 };
 
-head_parts get_head_parts(pq_type type, int32_t D, bool has_transform) {
+head_parts get_head_parts(int32_t D, bool has_transform) {
     const size_t d = (size_t) D;
-    return { d * 4, has_transform ? d * d * 2 : 0, d * (size_t) pq_get_spec(type).ksub * 2 };
+    return { d * 4, has_transform ? d * d * 2 : 0, d * PQ_KSUB * 2 };
 }
 
 bool f16_all_finite(const uint8_t * p, size_t n_bytes) {
@@ -323,12 +323,11 @@ bool pq_blob_parse(const uint8_t * data, size_t n, pq_type type, pq_blob & out, 
         return fail(error, "codebook version: found %u, needs %u", read_u32(data + 4), PQ_BLOB_VERSION);
     }
 
-    const pq_spec  spec      = pq_get_spec(type);
     const uint32_t D         = read_u16(data + 8);
     const uint32_t n_head_kv = read_u16(data + 10);
     const uint32_t M         = read_u16(data + 12);
     const uint32_t dsub      = read_u16(data + 14);
-    const uint32_t nbits     = read_u16(data + 16);
+    const uint32_t n_codes   = read_u16(data + 16);
     const uint32_t flags     = read_u16(data + 18);
 
     if (!pq_head_size_ok((int32_t) D)) {
@@ -337,9 +336,10 @@ bool pq_blob_parse(const uint8_t * data, size_t n, pq_type type, pq_blob & out, 
     if (n_head_kv == 0) {
         return fail(error, "codebook KV heads: found 0, needs 1 or more");
     }
-    if (dsub != (uint32_t) spec.dsub || nbits != (uint32_t) spec.nbits) {
-        return fail(error, "codebook shape: found dsub %u and nbits %u, needs %d and %d for %s",
-                    dsub, nbits, spec.dsub, spec.nbits, type_name(type));
+    const uint32_t need_dsub = (uint32_t) pq_get_spec(type).dsub, need_codes = (uint32_t) pq_head_bytes(type, (int32_t) D);
+    if (dsub != need_dsub || n_codes != need_codes) {
+        return fail(error, "codebook shape: found dsub %u and %u bytes of codes per head, needs %u and %u for %s and head size %u",
+                    dsub, n_codes, need_dsub, need_codes, type_name(type), D);
     }
     if (M != D / dsub) {
         return fail(error, "codebook subspaces: found %u, needs %u for head size %u", M, D / dsub, D);
@@ -352,7 +352,7 @@ bool pq_blob_parse(const uint8_t * data, size_t n, pq_type type, pq_blob & out, 
     }
 
     const bool       has_transform = (flags & PQ_BLOB_TRANSFORM) != 0;
-    const head_parts parts         = get_head_parts(type, (int32_t) D, has_transform);
+    const head_parts parts         = get_head_parts((int32_t) D, has_transform);
     const uint64_t   need          = (uint64_t) parts.total() * n_head_kv;
     const uint32_t   payload_bytes = read_u32(data + 20);
     if (payload_bytes != need) {
@@ -393,8 +393,8 @@ bool pq_codebook_build(const pq_blob & blob, uint8_t * dst, std::string & error)
     if ((int) blob.type < 0 || blob.type >= PQ_TYPE_COUNT || !pq_head_size_ok(blob.D)) {
         return fail(error, "codebook: found type %d and head size %d, needs a parsed blob", (int) blob.type, blob.D);
     }
-    const head_parts         parts  = get_head_parts(blob.type, blob.D, blob.has_transform);
-    const pq_codebook_layout layout = pq_get_codebook_layout(blob.type, blob.D, blob.has_transform);
+    const head_parts         parts  = get_head_parts(blob.D, blob.has_transform);
+    const pq_codebook_layout layout = pq_get_codebook_layout(blob.D, blob.has_transform);
     const size_t             n      = (size_t) blob.D;
 
     if (blob.payload.size() != parts.total() * (size_t) blob.n_head_kv) {
@@ -442,7 +442,7 @@ bool pq_codebook_build(const pq_blob & blob, uint8_t * dst, std::string & error)
             }
         }
 
-        for (size_t i = 0; i < n * (size_t) pq_get_spec(blob.type).ksub; i++) {
+        for (size_t i = 0; i < n * PQ_KSUB; i++) {
             const uint16_t value = (uint16_t) read_u16(src + 2 * i);
             memcpy(head + layout.centroids + 2 * i, &value, sizeof(value));
         }

@@ -1,13 +1,16 @@
 // Every memory layout of the product-quantized (PQ) KV cache, in one place.
 //
-// Product quantization cuts a head vector of D elements into M subspaces of `dsub` elements and stores,
-// for each subspace, the index ("code", `nbits` wide) of the nearest of `ksub = 2**nbits` centroids.
-// The names are those of faiss::ProductQuantizer. The method is MILLION (DAC'25, arXiv 2504.03661), with
-// a transform per layer and KV head:
+// Product quantization cuts a head vector of D elements into M subspaces of `dsub` elements and stores, for each
+// subspace, the index ("code", one byte) of the nearest of 256 centroids. The names are those of
+// faiss::ProductQuantizer. The method is MILLION (DAC'25, arXiv 2504.03661), with a transform per layer and KV head:
 //
 //     y = (x - mu) T            encode: code[m] = argmin_c |y[m*dsub .. +dsub] - centroid[m][c]|^2, ties to the lowest c
 //     x ~ y^ T^-1 + mu          decode: y^ is the concatenation of the chosen centroids
 //     q.x ~ (T^-1 q).y^ + q.mu  attention never decodes: it maps the query once and the output once
+//
+// pq3 is pq4 with every fourth code left out: of each four subspaces the last two share one code, which minimizes the sum
+// of their distances. So half of the elements have 4 bits and the other half 2, and T sees to it that those are the ones
+// that need no more. No code is ever anything but a byte.
 //
 // This header is plain C so that C, C++ and CUDA can include it; it depends on nothing.
 #pragma once
@@ -21,38 +24,35 @@ extern "C" {
 
 // The order is that of the ggml types GGML_TYPE_PQ4, GGML_TYPE_PQ3, GGML_TYPE_PQ2.
 enum pq_type {
-    PQ_TYPE_PQ4 = 0, // dsub 2, nbits 8: 4 bits per element
-    PQ_TYPE_PQ3 = 1, // dsub 2, nbits 6: 3 bits per element
-    PQ_TYPE_PQ2 = 2, // dsub 4, nbits 8: 2 bits per element
+    PQ_TYPE_PQ4 = 0, // dsub 2, a code each: 4 bits per element
+    PQ_TYPE_PQ3 = 1, // dsub 2, three codes for four subspaces: 3 bits per element
+    PQ_TYPE_PQ2 = 2, // dsub 4, a code each: 2 bits per element
     PQ_TYPE_COUNT,
 };
 
+#define PQ_KSUB     256 // centroids per subspace
 #define PQ_MAX_D    256 // largest head size
-#define PQ_MAX_KSUB 256
 #define PQ_MAX_DSUB 4
 #define PQ_MAX_M    128 // PQ_MAX_D / 2
 
 struct pq_spec {
     int32_t dsub;        // elements per subspace
-    int32_t nbits;       // bits per code
-    int32_t ksub;        // centroids per subspace, 1 << nbits
-    int32_t block_elems; // elements of the smallest byte-aligned group of codes (the ggml block size)
-    int32_t block_bytes; // bytes of that group (the ggml type size)
+    int32_t block_elems; // elements of the smallest group that has whole codes (the ggml block size)
+    int32_t block_bytes; // codes of that group, a byte each (the ggml type size)
 };
 
 static inline struct pq_spec pq_get_spec(enum pq_type type) {
     switch (type) {
-        case PQ_TYPE_PQ4: { const struct pq_spec s = { 2, 8, 256, 2, 1 }; return s; }
-        case PQ_TYPE_PQ3: { const struct pq_spec s = { 2, 6,  64, 8, 3 }; return s; }
-        case PQ_TYPE_PQ2: { const struct pq_spec s = { 4, 8, 256, 4, 1 }; return s; }
-        default:          { const struct pq_spec s = { 0, 0,   0, 1, 0 }; return s; }
+        case PQ_TYPE_PQ4: { const struct pq_spec s = { 2, 2, 1 }; return s; }
+        case PQ_TYPE_PQ3: { const struct pq_spec s = { 2, 8, 3 }; return s; }
+        case PQ_TYPE_PQ2: { const struct pq_spec s = { 4, 4, 1 }; return s; }
+        default:          { const struct pq_spec s = { 0, 1, 0 }; return s; }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Codes of one head: `codes: u8 [M*nbits/8]`, a little-endian bit string. Code m holds bits
-// [m*nbits, (m+1)*nbits); bit b of the string is bit b%8 of byte b/8. For 8-bit codes byte m is code m; for
-// 6-bit codes four codes share three bytes.
+// Codes of one head: `codes: u8 [pq_head_bytes]`, in the order of the subspaces. pq4 and pq2: byte m is the code of
+// subspace m. pq3: bytes 3u, 3u + 1 and 3u + 2 are the codes of subspaces 4u, 4u + 1, and of both 4u + 2 and 4u + 3.
 //
 // The cache of one layer is `codes: u8 [n_stream][kv_size][n_head_kv][pq_head_bytes]`, in the place where an
 // f16 cache has [n_stream][kv_size][n_head_kv][D] halves.
@@ -72,13 +72,12 @@ static inline int pq_head_size_ok(int32_t D) {
     return D >= 8 && D <= PQ_MAX_D && D % 8 == 0;
 }
 
+static inline int32_t pq_code_index(enum pq_type type, int32_t m) { // which byte is the code of subspace m
+    return type == PQ_TYPE_PQ3 ? m / 4 * 3 + (m % 4 < 2 ? m % 4 : 2) : m;
+}
+
 static inline uint32_t pq_code_get(enum pq_type type, const uint8_t * codes, int32_t m) {
-    if (pq_get_spec(type).nbits == 8) {
-        return codes[m];
-    }
-    const uint8_t * p = codes + (m / 4) * 3;
-    const uint32_t  w = (uint32_t) p[0] | (uint32_t) p[1] << 8 | (uint32_t) p[2] << 16;
-    return (w >> (6 * (m % 4))) & 63u;
+    return codes[pq_code_index(type, m)];
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -88,7 +87,7 @@ static inline uint32_t pq_code_get(enum pq_type type, const uint8_t * codes, int
 //     mu:        f32 [D]
 //     T:         f16 [D][D]    row i: what element i of (x - mu) adds to y     } absent when the transform
 //     T_inv:     f16 [D][D]    row j: what element j of y adds to (x - mu)     } is the identity
-//     centroids: f16 [M][ksub][dsub]
+//     centroids: f16 [M][PQ_KSUB][dsub]
 //
 // with every part at a multiple of 64 bytes. Whether the maps are there follows from the block's size alone.
 // ---------------------------------------------------------------------------------------------------------
@@ -105,15 +104,14 @@ static inline size_t pq_align64(size_t n) {
     return (n + 63) / 64 * 64;
 }
 
-static inline struct pq_codebook_layout pq_get_codebook_layout(enum pq_type type, int32_t D, int has_transform) {
-    const struct pq_spec s = pq_get_spec(type);
+static inline struct pq_codebook_layout pq_get_codebook_layout(int32_t D, int has_transform) {
     struct pq_codebook_layout l = { 0, 0, 0, 0, 0 };
     size_t off = pq_align64((size_t) D * sizeof(float));
     if (has_transform) {
         l.T     = off; off += pq_align64((size_t) D * (size_t) D * sizeof(uint16_t));
         l.T_inv = off; off += pq_align64((size_t) D * (size_t) D * sizeof(uint16_t));
     }
-    l.centroids  = off; off += pq_align64((size_t) D * (size_t) s.ksub * sizeof(uint16_t)); // M*dsub == D
+    l.centroids  = off; off += pq_align64((size_t) D * PQ_KSUB * sizeof(uint16_t)); // M*dsub == D
     l.head_bytes = off;
     return l;
 }
@@ -122,32 +120,35 @@ static inline struct pq_codebook_layout pq_get_codebook_layout(enum pq_type type
 // Lookup tables at run time: the centroids once more, by index, as a kernel wants them in shared memory (CUDA, D = 128).
 // They follow the head blocks in the memory of a device that uses them:
 //
-//     tables: f16 [n_head_kv][ksub][128]    row c: centroid c of every subspace, side by side
+//     tables: f16 [n_head_kv][PQ_KSUB][128]    row c: centroid c of every subspace, side by side
 //
 // A row of V is in order. One of K has the four quarters of a head in two halves each, first the first halves: then four
-// threads with a quarter each read different banks.
+// threads with a quarter each read different banks. A row of pq3 has first all subspaces with a code of their own, then those
+// that share one.
 // ---------------------------------------------------------------------------------------------------------
 
 #define PQ_TABLE_D 128
 
-static inline size_t pq_table_bytes(enum pq_type type, int32_t D) { // of a head; 0: no kernel has a use for it
-    return D == PQ_TABLE_D ? (size_t) pq_get_spec(type).ksub * PQ_TABLE_D * sizeof(uint16_t) : 0;
+static inline size_t pq_table_bytes(int32_t D) { // of a head; 0: no kernel has a use for it
+    return D == PQ_TABLE_D ? (size_t) PQ_KSUB * PQ_TABLE_D * sizeof(uint16_t) : 0;
 }
 
-static inline int32_t pq_table_place(int is_v, int32_t i) { // of element i in a row
-    return is_v ? i : i / 16 % 2 * 64 + i / 32 * 16 + i % 16;
+static inline int32_t pq_table_place(enum pq_type type, int is_v, int32_t i) { // of element i in a row
+    return type == PQ_TYPE_PQ3 ? i / 4 % 2 * 64 + i / 8 * 4 + i % 4
+         : is_v                ? i
+                               : i / 16 % 2 * 64 + i / 32 * 16 + i % 16;
 }
 
 static inline void pq_build_tables(enum pq_type type, int32_t D, int32_t n_head_kv, int has_transform, int is_v,
                                    const uint8_t * head_blocks, uint8_t * tables) {
-    const struct pq_spec            s = pq_get_spec(type);
-    const struct pq_codebook_layout l = pq_get_codebook_layout(type, D, has_transform);
-    for (int32_t h = 0; h < n_head_kv && pq_table_bytes(type, D) > 0; h++) {
+    const int32_t                   dsub = pq_get_spec(type).dsub;
+    const struct pq_codebook_layout l    = pq_get_codebook_layout(D, has_transform);
+    for (int32_t h = 0; h < n_head_kv && pq_table_bytes(D) > 0; h++) {
         const uint16_t * centroids = (const uint16_t *) (head_blocks + (size_t) h * l.head_bytes + l.centroids);
-        uint16_t       * table     = (uint16_t *) (tables + (size_t) h * pq_table_bytes(type, D));
+        uint16_t       * table     = (uint16_t *) (tables + (size_t) h * pq_table_bytes(D));
         for (int32_t i = 0; i < D; i++) {
-            for (int32_t c = 0; c < s.ksub; c++) {
-                table[c * D + pq_table_place(is_v, i)] = centroids[(i / s.dsub * s.ksub + c) * s.dsub + i % s.dsub];
+            for (int32_t c = 0; c < PQ_KSUB; c++) {
+                table[c * D + pq_table_place(type, is_v, i)] = centroids[(i / dsub * PQ_KSUB + c) * dsub + i % dsub];
             }
         }
     }
@@ -156,14 +157,14 @@ static inline void pq_build_tables(enum pq_type type, int32_t D, int32_t n_head_
 // ---------------------------------------------------------------------------------------------------------
 // Codebook in a file: one blob per layer and side, base64 in a GGUF string (docs/format.md). Little endian.
 //
-//     header, 32 bytes:  magic "MPQB" | u32 version | u16 D | u16 n_head_kv | u16 M | u16 dsub | u16 nbits |
+//     header, 32 bytes:  magic "MPQB" | u32 version | u16 D | u16 n_head_kv | u16 M | u16 dsub | u16 code bytes per head |
 //                        u16 flags | u32 payload_bytes | u32 crc32 of the payload (zlib's) | u32 0
-//     payload, per head: mu f32 [D] | T f16 [D][D], when flags has PQ_BLOB_TRANSFORM | centroids f16 [M][ksub][dsub]
+//     payload, per head: mu f32 [D] | T f16 [D][D], when flags has PQ_BLOB_TRANSFORM | centroids f16 [M][PQ_KSUB][dsub]
 //
 // T^-1 is not stored: the reader inverts the stored T, so the two cannot disagree.
 // ---------------------------------------------------------------------------------------------------------
 
-#define PQ_BLOB_VERSION      1u
+#define PQ_BLOB_VERSION      2u
 #define PQ_BLOB_HEADER_BYTES 32
 #define PQ_BLOB_TRANSFORM    1u
 

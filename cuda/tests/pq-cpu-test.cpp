@@ -90,6 +90,16 @@ static uint16_t to_f16(double f) { // to nearest even
 // ---- codebooks ----
 
 static const char * type_names[] = { "pq4", "pq3", "pq2", "f16" };
+static const int bits_per_element[] = { 4, 3, 2 };
+
+// The subspaces of code j: said once more, so that pq-layout.h has something to be compared with.
+static std::vector<int> subspaces_of(pq_type type, int j) {
+    if (type != PQ_TYPE_PQ3) {
+        return { j };
+    }
+    const int m = j / 3 * 4;
+    return j % 3 == 2 ? std::vector<int>{ m + 2, m + 3 } : std::vector<int>{ m + j % 3 };
+}
 
 struct codebook {
     pq_type type;
@@ -98,7 +108,7 @@ struct codebook {
     std::vector<uint8_t> blob, blocks;
     std::vector<double>  T, T_inv; // [H][D][D]
 
-    pq_codebook_layout layout() const { return pq_get_codebook_layout(type, D, transform); }
+    pq_codebook_layout layout() const { return pq_get_codebook_layout(D, transform); }
     const uint8_t  * block(int h)     const { return blocks.data() + (size_t) h * layout().head_bytes; }
     const float    * mu(int h)        const { return (const float *) (block(h) + layout().mu); }
     const uint16_t * T_bits(int h)     const { return (const uint16_t *) (block(h) + layout().T); }
@@ -110,7 +120,7 @@ struct codebook {
         const pq_spec s = pq_get_spec(type);
         for (int m = 0; m < D / s.dsub; m++) {
             for (int e = 0; e < s.dsub; e++) {
-                y[m * s.dsub + e] = f16_value(centroids(h)[((size_t) m * s.ksub + pq_code_get(type, codes, m)) * s.dsub + e]);
+                y[m * s.dsub + e] = f16_value(centroids(h)[((size_t) m * PQ_KSUB + pq_code_get(type, codes, m)) * s.dsub + e]);
             }
         }
     }
@@ -165,15 +175,18 @@ static std::vector<uint8_t> make_blob(pq_type type, int D, int H, bool transform
                 }
             }
         }
+        int twins[8];
         for (int m = 0; m < D / s.dsub; m++) {
             std::vector<uint16_t> c;
-            for (int k = 0; k < s.ksub * s.dsub; k++) {
+            for (int k = 0; k < PQ_KSUB * s.dsub; k++) {
                 c.push_back(to_f16(1.2f * r.normal()));
             }
-            for (int t = 0; t < 4; t++) { // some centroids occur twice
-                const int a = r.below(s.ksub), b = r.below(s.ksub);
+            for (int & t : twins) { // the same in subspaces that share a code
+                t = type == PQ_TYPE_PQ3 && m % 4 == 3 ? t : r.below(PQ_KSUB);
+            }
+            for (int t = 0; t < 8; t += 2) { // some centroids occur twice
                 for (int e = 0; e < s.dsub; e++) {
-                    c[a * s.dsub + e] = c[b * s.dsub + e];
+                    c[twins[t] * s.dsub + e] = c[twins[t + 1] * s.dsub + e];
                 }
             }
             for (uint16_t x : c) {
@@ -182,12 +195,12 @@ static std::vector<uint8_t> make_blob(pq_type type, int D, int H, bool transform
         }
     }
     std::vector<uint8_t> blob = { 'M', 'P', 'Q', 'B' };
-    put(blob, 1, 4);
+    put(blob, 2, 4);
     put(blob, D, 2);
     put(blob, H, 2);
     put(blob, D / s.dsub, 2);
     put(blob, s.dsub, 2);
-    put(blob, s.nbits, 2);
+    put(blob, D * bits_per_element[type] / 8, 2);
     put(blob, transform ? 1 : 0, 2);
     put(blob, payload.size(), 4);
     put(blob, crc32(payload.data(), payload.size()), 4);
@@ -273,6 +286,16 @@ static void test_codebook() {
 
     for (int type = 0; type < PQ_TYPE_COUNT; type++) {
         for (int D : { 8, 24, 64, 128, 256 }) {
+            const int n_codes = (int) pq_head_bytes((pq_type) type, D);
+            check(n_codes == D * bits_per_element[type] / 8, "%d codes of %s, D %d", n_codes, type_names[type], D);
+            int n_subspaces = 0;
+            for (int j = 0; j < n_codes; j++) {
+                for (int m : subspaces_of((pq_type) type, j)) {
+                    check(m == n_subspaces++ && pq_code_index((pq_type) type, m) == j, "subspace %d of %s has code %d, needs %d", m,
+                          type_names[type], pq_code_index((pq_type) type, m), j);
+                }
+            }
+            check(n_subspaces == pq_n_subspaces((pq_type) type, D), "%d subspaces of %s have a code, D %d", n_subspaces, type_names[type], D);
             for (bool transform : { false, true }) {
                 const codebook cb = make_codebook((pq_type) type, D, 2, transform, 7 + D);
                 for (int h = 0; transform && h < 2; h++) {
@@ -312,15 +335,18 @@ static void test_codebook() {
     refused({}, false, "size");
     refused({ good.blob.begin(), good.blob.begin() + 31 }, false, "size");
     refused(with(0, { 'X' }), false, "magic");
-    refused(with(4, { 2 }), false, "version");
+    refused(with(4, { 1 }), false, "version");
+    refused(with(4, { 3 }), false, "version");
     refused(with(8, { 63 }), false, "head size");
     refused(with(8, { 0, 0xff }), false, "head size");
-    refused(with(8, { 128 }), false, "subspaces");
+    refused(with(8, { 128 }), false, "shape");
     refused(with(10, { 0 }), false, "KV heads");
     refused(with(10, { 3 }), false, "payload");
     refused(with(12, { 31 }), false, "subspaces");
     refused(with(14, { 4 }), false, "shape");
-    refused(with(16, { 6 }), false, "shape");
+    refused(with(16, { 8 }), false, "shape"); // what version 1 had there
+    refused(with(16, { 24 }), false, "shape");
+    refused(make_blob(PQ_TYPE_PQ3, 64, 2, true, r), false, "shape"); // differs from one of pq4 in nothing else
     refused(with(18, { 3 }), false, "flags");
     refused(with(18, { 0 }), false, "payload");
     refused(with(20, { 0xff, 0xff, 0xff, 0xff }), false, "payload");
@@ -345,27 +371,103 @@ static void test_codebook() {
 
 // ---- encode and decode ----
 
-// The lookup tables: by index, the same centroids; rows of K with the first halves of the quarters first.
+// The lookup tables: by index, the same centroids; rows of K with the first halves of the quarters first, and all of pq3 with what has
+// a code of its own first.
 static void test_tables() {
     for (int t = 0; t < PQ_TYPE_COUNT; t++) {
         const pq_spec  s  = pq_get_spec((pq_type) t);
         const codebook cb = make_codebook((pq_type) t, 128, 2, t != 1, 5);
-        check(pq_table_bytes((pq_type) t, 64) == 0, "tables of D 64 are of no use");
+        check(pq_table_bytes(64) == 0, "tables of D 64 are of no use");
         for (int is_v = 0; is_v < 2; is_v++) {
-            std::vector<uint16_t> tables(2 * pq_table_bytes((pq_type) t, 128) / 2, 0xffff);
+            std::vector<uint16_t> tables(2 * pq_table_bytes(128) / 2, 0xffff);
             pq_build_tables((pq_type) t, 128, 2, cb.transform, is_v, cb.blocks.data(), (uint8_t *) tables.data());
             std::vector<int> seen(128);
             for (int i = 0; i < 128; i++) {
-                seen[pq_table_place(is_v, i)]++;
-                check(is_v || pq_table_place(is_v, i) / 64 == i % 32 / 16, "element %d is in the wrong half of the row", i);
+                const int place = pq_table_place((pq_type) t, is_v, i);
+                seen[place]++;
+                const int half  = t == PQ_TYPE_PQ3 ? i % 8 / 4 : i % 32 / 16;
+                check(is_v && t != PQ_TYPE_PQ3 ? place == i : place / 64 == half && place % 64 / 16 == i / 32,
+                      "element %d of %s is in the wrong place of the row: %d", i, type_names[t], place);
                 for (int h = 0; h < 2; h++) {
-                    for (int c = 0; c < s.ksub; c++) {
-                        check(tables[((size_t) h * s.ksub + c) * 128 + pq_table_place(is_v, i)] == cb.centroids(h)[(i / s.dsub * s.ksub + c) * s.dsub + i % s.dsub],
+                    for (int c = 0; c < PQ_KSUB; c++) {
+                        check(tables[((size_t) h * PQ_KSUB + c) * 128 + place] == cb.centroids(h)[(i / s.dsub * PQ_KSUB + c) * s.dsub + i % s.dsub],
                               "table of %s, head %d, centroid %d, element %d", type_names[t], h, c, i);
                     }
                 }
             }
             check(std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; }), "an element has no place of its own in a row");
+        }
+    }
+}
+
+// Code j of y in floats: squared distances summed from the left, not fused, the lowest of equals.
+static int code_in_floats(const codebook & cb, int h, int j, const float * y) {
+    const int dsub = pq_get_spec(cb.type).dsub;
+    float best = INFINITY;
+    int   code = 0;
+    for (int k = 0; k < PQ_KSUB; k++) {
+        volatile float dist = 0.0f, square; // keep the compiler from fusing
+        for (int m : subspaces_of(cb.type, j)) {
+            for (int e = 0; e < dsub; e++) {
+                const float v = y[m * dsub + e] - (float) f16_value(cb.centroids(h)[((size_t) m * PQ_KSUB + k) * dsub + e]);
+                square = v * v;
+                dist   = dist + square;
+            }
+        }
+        if (dist < best) {
+            best = dist;
+            code = k;
+        }
+    }
+    return code;
+}
+
+// Distances that only rounding tells apart: every centroid is there a second time with its elements in reverse, and every y has equal
+// elements, so that the two are summed in opposite orders.
+static void test_encode_order() {
+    for (int type = 0; type < PQ_TYPE_COUNT; type++) {
+        const int D = 64, n_rows = 301, dsub = pq_get_spec((pq_type) type).dsub, n_codes = (int) pq_head_bytes((pq_type) type, D);
+        codebook cb = make_codebook((pq_type) type, D, 1, false, 77);
+        memset(cb.blocks.data() + cb.layout().mu, 0, (size_t) D * 4);
+        uint16_t * centroids = (uint16_t *) (cb.blocks.data() + cb.layout().centroids);
+        for (int j = 0; j < n_codes; j++) {
+            const std::vector<int> sub = subspaces_of((pq_type) type, j);
+            const int n = (int) sub.size() * dsub;
+            auto at = [&](int k, int e) -> uint16_t & { return centroids[((size_t) sub[e / dsub] * PQ_KSUB + k) * dsub + e % dsub]; };
+            for (int k = 0; k < PQ_KSUB / 2; k++) {
+                for (int e = 0; e < n; e++) {
+                    at(PQ_KSUB - 1 - k, e) = at(k, n - 1 - e);
+                }
+            }
+        }
+        std::vector<float> x((size_t) n_rows * D);
+        for (int i = 0; i < n_rows * D; i++) {
+            x[i] = (float) f16_value(to_f16(((double) (i / D) - 150.0) / 97.0));
+        }
+        for (const std::string & name : simd_names()) {
+            pq_cpu_simd_set(name.c_str());
+            for (int n_at_once : { 1, n_rows }) {
+                std::vector<uint8_t> codes((size_t) n_rows * n_codes);
+                pq_encode_params p = {};
+                p.type             = (pq_type) type;
+                p.D                = D;
+                p.n_head_kv        = 1;
+                p.n_rows           = n_at_once;
+                p.codebook         = cb.blocks.data();
+                p.x_head_stride    = p.x_row_stride = (size_t) D * 4;
+                p.codes_row_stride = (size_t) n_codes;
+                int n_other = 0;
+                for (int i = 0; i < n_rows; i += n_at_once) {
+                    p.x     = &x[(size_t) i * D];
+                    p.codes = &codes[(size_t) i * n_codes];
+                    million_pq_encode(&p, 1);
+                }
+                for (int i = 0; i < n_rows * n_codes; i++) {
+                    n_other += codes[i] != code_in_floats(cb, 0, i % n_codes, &x[(size_t) (i / n_codes) * D]);
+                }
+                check(n_other == 0, "%s: %d codes of %s in rows of %d are not those that floats give, summed from the left", name.c_str(), n_other,
+                      type_names[type], n_at_once);
+            }
         }
     }
 }
@@ -378,7 +480,7 @@ static void test_encode_decode() {
             for (int variant = 0; variant < 4; variant++) {
                 const bool transform = variant & 1, x_f16 = variant & 2;
                 const int  H = 3, n_rows = D == 128 ? 70 : 7, n_cells = n_rows + 9;
-                const int  M = D / spec.dsub;
+                const int  n_codes = D * bits_per_element[type] / 8;
                 const codebook cb = make_codebook((pq_type) type, D, H, transform, 100 + D);
                 rng r(D * 4 + variant);
 
@@ -388,8 +490,8 @@ static void test_encode_decode() {
                     f = r.normal() * 1.5f;
                 }
                 for (int d = 0; d < D; d++) { // row 0 stands on centroids when there is no transform
-                    const int m = d / spec.dsub;
-                    x[d] = cb.mu(0)[d] + (float) f16_value(cb.centroids(0)[((size_t) m * spec.ksub + m % spec.ksub) * spec.dsub + d % spec.dsub]);
+                    const int m = d / spec.dsub, k = pq_code_index((pq_type) type, m);
+                    x[d] = cb.mu(0)[d] + (float) f16_value(cb.centroids(0)[((size_t) m * PQ_KSUB + k) * spec.dsub + d % spec.dsub]);
                 }
                 // the last row: at and around the ends of f16, and halfway between halves
                 const float hard[] = { 65504.0f, 65519.99f, 65520.0f, -65520.0f, 1e9f, -INFINITY, NAN, 0.0f, -0.0f, 1e-45f, 0x1p-25f,
@@ -460,43 +562,52 @@ static void test_encode_decode() {
                     check(std::all_of(c, c + row_bytes, [](uint8_t b) { return b == 0xee; }), "encode wrote to a cell that it was not given");
                 }
 
-                // the nearest centroid, and the lowest of equals
-                int n_far = 0, n_tie = 0;
+                // the nearest centroid, and the lowest of equals: in double, and the same code as loops over floats find
+                int n_far = 0, n_tie = 0, n_other = 0;
                 for (int i = 0; i < n_rows - 1; i++) {
                     for (int h = 0; h < H; h++) {
                         const uint16_t * xr = &x16[((size_t) i * H + h) * D];
                         std::vector<double> y(D, 0.0);
+                        std::vector<float>  y32(D, 0.0f);
                         for (int a = 0; a < D; a++) {
-                            const double c = f16_value(xr[a]) - cb.mu(h)[a];
+                            const double c   = f16_value(xr[a]) - cb.mu(h)[a];
+                            const float  c32 = (float) f16_value(xr[a]) - cb.mu(h)[a];
                             for (int b = 0; transform && b < D; b++) {
-                                y[b] += c * cb.T[((size_t) h * D + a) * D + b];
+                                const double t = cb.T[((size_t) h * D + a) * D + b];
+                                y[b] += c * t;
+                                y32[b] = fmaf(c32, (float) t, y32[b]);
                             }
-                            y[a] = transform ? y[a] : c;
+                            y[a]   = transform ? y[a] : c;
+                            y32[a] = transform ? y32[a] : c32;
                         }
-                        for (int m = 0; m < M; m++) {
-                            const uint16_t * c = cb.centroids(h) + (size_t) m * spec.ksub * spec.dsub;
-                            auto dist = [&](int k) {
-                                double s = 0.0;
-                                for (int e = 0; e < spec.dsub; e++) {
-                                    const double v = y[m * spec.dsub + e] - f16_value(c[k * spec.dsub + e]);
-                                    s += v * v;
+                        for (int j = 0; j < n_codes; j++) {
+                            const std::vector<int> sub = subspaces_of((pq_type) type, j);
+                            auto centroid = [&](int m, int k) { return cb.centroids(h) + ((size_t) m * PQ_KSUB + k) * spec.dsub; };
+                            double dist[PQ_KSUB], best = INFINITY;
+                            for (int k = 0; k < PQ_KSUB; k++) {
+                                dist[k] = 0.0;
+                                for (int m : sub) {
+                                    for (int e = 0; e < spec.dsub; e++) {
+                                        const double v = y[m * spec.dsub + e] - f16_value(centroid(m, k)[e]);
+                                        dist[k] += v * v;
+                                    }
                                 }
-                                return s;
-                            };
-                            const int code = (int) pq_code_get((pq_type) type, &first[row_bytes * cells[i] + head_bytes * h], m);
-                            double best = INFINITY;
-                            for (int k = 0; k < spec.ksub; k++) {
-                                best = std::min(best, dist(k));
+                                best = std::min(best, dist[k]);
                             }
-                            n_far += dist(code) > best + 1e-5 * (1.0 + sqrt(best));
+                            const int code = first[row_bytes * cells[i] + head_bytes * h + j];
+                            n_other += code != code_in_floats(cb, h, j, y32.data());
+                            n_far   += dist[code] > best + 1e-5 * (1.0 + sqrt(best));
                             for (int k = 0; k < code; k++) {
-                                n_tie += memcmp(c + k * spec.dsub, c + code * spec.dsub, 2 * spec.dsub) == 0;
+                                n_tie += std::all_of(sub.begin(), sub.end(), [&](int m) {
+                                    return memcmp(centroid(m, k), centroid(m, code), 2 * spec.dsub) == 0;
+                                });
                             }
                         }
                     }
                 }
                 check(n_far == 0, "%d codes of %s D %d are not the nearest", n_far, type_names[type], D);
                 check(n_tie == 0, "%d ties of %s D %d do not go to the lowest code", n_tie, type_names[type], D);
+                check(n_other == 0, "%d codes of %s D %d are not those that floats give, summed from the left", n_other, type_names[type], D);
 
                 for (const std::string & name : simd) {
                     pq_cpu_simd_set(name.c_str());
@@ -1294,7 +1405,7 @@ int main(int argc, char ** argv) {
         return 2;
     }
     const struct { const char * name; void (*run)(); } tests[] = {
-        { "codebook", test_codebook }, { "tables", test_tables }, { "encode and decode", test_encode_decode }, { "attention", test_attn }, { "k-means", test_kmeans },
+        { "codebook", test_codebook }, { "tables", test_tables }, { "order of sums", test_encode_order }, { "encode and decode", test_encode_decode }, { "attention", test_attn }, { "k-means", test_kmeans },
     };
     printf("instruction sets:");
     for (const std::string & name : simd_names()) {

@@ -51,10 +51,9 @@ template <class T> struct device_array {
 };
 
 // Head blocks with normally distributed centroids; T is no inverse of T_inv, which neither direction minds.
-static std::vector<uint8_t> make_codebook(pq_type type, int D, int n_head_kv, bool has_transform) {
-    const pq_codebook_layout l = pq_get_codebook_layout(type, D, has_transform);
+static std::vector<uint8_t> make_codebook(int D, int n_head_kv, bool has_transform) {
+    const pq_codebook_layout l = pq_get_codebook_layout(D, has_transform);
     std::vector<uint8_t> blocks(l.head_bytes * n_head_kv, 0);
-    const int n_centroid_elems = D * pq_get_spec(type).ksub;
     for (int h = 0; h < n_head_kv; h++) {
         uint8_t * block = blocks.data() + h * l.head_bytes;
         for (int i = 0; i < D; i++) {
@@ -64,7 +63,7 @@ static std::vector<uint8_t> make_codebook(pq_type type, int D, int n_head_kv, bo
             ((__half *) (block + l.T))[i]     = __float2half(normal() / sqrtf((float) D));
             ((__half *) (block + l.T_inv))[i] = __float2half(normal() / sqrtf((float) D));
         }
-        for (int i = 0; i < n_centroid_elems; i++) {
+        for (int i = 0; i < D * PQ_KSUB; i++) {
             ((__half *) (block + l.centroids))[i] = __float2half(normal());
         }
     }
@@ -102,8 +101,8 @@ struct encode_side {
     pq_encode_params      host, device;
 
     static std::vector<uint8_t> make_x(const side_case & c, int n_rows, const std::vector<uint8_t> & codebook) {
-        const pq_codebook_layout l = pq_get_codebook_layout(c.type, c.D, c.has_transform);
-        const int n = n_rows * c.n_head_kv * c.D, ksub = pq_get_spec(c.type).ksub, dsub = pq_get_spec(c.type).dsub;
+        const pq_codebook_layout l = pq_get_codebook_layout(c.D, c.has_transform);
+        const int n = n_rows * c.n_head_kv * c.D, dsub = pq_get_spec(c.type).dsub;
         std::vector<uint8_t> bytes(n * (c.x_f16 ? sizeof(__half) : sizeof(float)));
         for (int i = 0; i < n; i++) {
             float v = normal();
@@ -114,9 +113,9 @@ struct encode_side {
             } else if (c.values == side_case::ON_CENTROIDS) { // and, where centroids repeat, ties
                 const int j = i % c.D;
                 const uint8_t * block = codebook.data() + i / c.D % c.n_head_kv * l.head_bytes;
-                const int code = i / c.D % ksub;
+                const int code = i / c.D % PQ_KSUB;
                 v = ((const float *) (block + l.mu))[j] +
-                    __half2float(((const __half *) (block + l.centroids))[(j / dsub * ksub + code) * dsub + j % dsub]);
+                    __half2float(((const __half *) (block + l.centroids))[(j / dsub * PQ_KSUB + code) * dsub + j % dsub]);
             }
             if (c.x_f16) {
                 ((__half *) bytes.data())[i] = __float2half(v);
@@ -146,7 +145,7 @@ struct encode_side {
     }
 
     encode_side(const side_case & c, int n_rows)
-        : c(c), n_rows(n_rows), n_cells(2 * n_rows), codebook(make_codebook(c.type, c.D, c.n_head_kv, c.has_transform)),
+        : c(c), n_rows(n_rows), n_cells(2 * n_rows), codebook(make_codebook(c.D, c.n_head_kv, c.has_transform)),
           x(make_x(c, n_rows, codebook)), codes(n_cells * c.n_head_kv * pq_head_bytes(c.type, c.D), 0xee),
           tail((size_t) n_rows * c.n_head_kv * c.D * sizeof(__half), 0x55), row_idx(make_cells(n_rows, n_cells)),
           tail_idx(make_slots(n_rows)), d_codebook(codebook), d_x(x), d_codes(codes), d_tail(tail), d_row_idx(row_idx),
@@ -224,7 +223,7 @@ static void test_encode(const std::vector<side_case> & cases, int n_rows) {
 }
 
 static void test_decode(pq_type type, int D, int n_head_kv, bool has_transform, int n_rows) {
-    const std::vector<uint8_t> codebook = make_codebook(type, D, n_head_kv, has_transform);
+    const std::vector<uint8_t> codebook = make_codebook(D, n_head_kv, has_transform);
     std::vector<uint8_t> codes(n_rows * n_head_kv * pq_head_bytes(type, D));
     for (uint8_t & c : codes) {
         c = (uint8_t) rng();
@@ -326,7 +325,7 @@ static void test_decode_rows(const std::vector<decode_side> & sides, int n_rows,
     std::vector<pq_cuda_decode_side> params;
     all.reserve(sides.size());
     for (const decode_side & c : sides) {
-        std::vector<uint8_t> codebook = make_codebook(c.type, c.D, c.n_head_kv, c.has_transform), codes(std::max<size_t>(1, n_cells * c.cell_bytes()));
+        std::vector<uint8_t> codebook = make_codebook(c.D, c.n_head_kv, c.has_transform), codes(std::max<size_t>(1, n_cells * c.cell_bytes()));
         for (uint8_t & b : codes) {
             b = (uint8_t) rng();
         }
@@ -371,7 +370,7 @@ static void test_decode_rows(const std::vector<decode_side> & sides, int n_rows,
             pq_decode_params p = params[i].p;
             p.n_head_kv     = 1;
             p.n_rows        = n_cells;
-            p.codebook      = m.codebook.data() + h * pq_get_codebook_layout(c.type, c.D, c.has_transform).head_bytes;
+            p.codebook      = m.codebook.data() + h * pq_get_codebook_layout(c.D, c.has_transform).head_bytes;
             p.codes         = m.codes.data() + h * params[i].codes_head_stride;
             p.x             = want.data();
             p.x_row_stride  = c.D * sizeof(float);
@@ -447,13 +446,13 @@ static const __half * halves(const std::vector<uint8_t> & codebook, size_t offse
 static void test_lookup(pq_type type, int n_head_kv, int n_rows, bool heads_apart, int shift /* bytes that codes lie off */) {
     const size_t head_bytes = pq_head_bytes(type, 128), n_bytes = n_head_kv * n_rows * head_bytes;
     const pq_spec spec = pq_get_spec(type);
-    const pq_codebook_layout l = pq_get_codebook_layout(type, 128, true);
+    const pq_codebook_layout l = pq_get_codebook_layout(128, true);
     std::vector<std::vector<uint8_t>> codebooks, codes;
     std::vector<device_array<uint8_t>>  memory;
     std::vector<device_array<uint16_t>> rows;
     pq_cuda_decode_side s[2] = {};
     for (int i = 0; i < 2; i++) {
-        codebooks.push_back(make_codebook(type, 128, n_head_kv, true));
+        codebooks.push_back(make_codebook(128, n_head_kv, true));
         codes.emplace_back(n_bytes + shift);
         for (uint8_t & c : codes[i]) {
             c = (uint8_t) rng();
@@ -486,7 +485,7 @@ static void test_lookup(pq_type type, int n_head_kv, int n_rows, bool heads_apar
                 const uint8_t * c = codes[i].data() + shift + r * s[i].p.codes_row_stride + h * s[i].codes_head_stride;
                 for (int e = 0; e < 128; e++) {
                     const int m = e / spec.dsub;
-                    differ += got[((size_t) h * n_rows + r) * 128 + e] != centroids[(m * spec.ksub + pq_code_get(type, c, m)) * spec.dsub + e % spec.dsub];
+                    differ += got[((size_t) h * n_rows + r) * 128 + e] != centroids[(m * PQ_KSUB + pq_code_get(type, c, m)) * spec.dsub + e % spec.dsub];
                 }
             }
         }
@@ -499,8 +498,8 @@ static void test_lookup(pq_type type, int n_head_kv, int n_rows, bool heads_apar
 // Maps of queries, rows of the tail and results against sums in double precision; the mask in between and afterwards.
 static void test_prefill(pq_type kt, pq_type vt, int n_head, int n_head_kv, int n_q, int n_kv, int n_slots) {
     constexpr int D = 128;
-    const pq_codebook_layout lk = pq_get_codebook_layout(kt, D, true), lv = pq_get_codebook_layout(vt, D, true);
-    const std::vector<uint8_t> k_book = make_codebook(kt, D, n_head_kv, true), v_book = make_codebook(vt, D, n_head_kv, true);
+    const pq_codebook_layout lk = pq_get_codebook_layout(D, true), lv = pq_get_codebook_layout(D, true);
+    const std::vector<uint8_t> k_book = make_codebook(D, n_head_kv, true), v_book = make_codebook(D, n_head_kv, true);
     const int group = n_head / n_head_kv, mask_cols = (n_kv + 7) / 8 * 8 + 8;
     std::vector<float> q((size_t) n_head * n_q * D), out((size_t) n_q * n_head * D);
     for (float & x : q) {
@@ -778,8 +777,8 @@ static void bench() {
     constexpr int D = 128, N_LAYERS = 16;
     for (const pq_type type : { PQ_TYPE_PQ4, PQ_TYPE_PQ3, PQ_TYPE_PQ2 }) {
         for (const int n_head_kv : { 32, 8 }) {
-            const pq_codebook_layout l = pq_get_codebook_layout(type, D, true);
-            const std::vector<uint8_t> one = make_codebook(type, D, 1, true);
+            const pq_codebook_layout l = pq_get_codebook_layout(D, true);
+            const std::vector<uint8_t> one = make_codebook(D, 1, true);
             std::vector<uint8_t> codebook;
             for (int h = 0; h < n_head_kv; h++) {
                 codebook.insert(codebook.end(), one.begin(), one.end());

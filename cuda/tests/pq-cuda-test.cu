@@ -91,7 +91,7 @@ struct host_side {
     size_t head_bytes, row_stride, stream_stride;
 
     bool coded() const { return type < PQ_TYPE_COUNT; }
-    pq_codebook_layout layout() const { return pq_get_codebook_layout(type, D, transform); }
+    pq_codebook_layout layout() const { return pq_get_codebook_layout(D, transform); }
     const uint8_t  * block(int h)     const { return blocks.data() + (size_t) h * layout().head_bytes; }
     const float    * mu(int h)        const { return (const float *) (block(h) + layout().mu); }
     const uint16_t * T_inv(int h)     const { return (const uint16_t *) (block(h) + layout().T_inv); }
@@ -101,7 +101,7 @@ struct host_side {
     std::vector<uint8_t> with_tables(bool is_v) const {
         std::vector<uint8_t> all = blocks;
         if (coded()) {
-            all.resize(blocks.size() + H * pq_table_bytes(type, D));
+            all.resize(blocks.size() + H * pq_table_bytes(D));
             pq_build_tables(type, D, H, transform, is_v, blocks.data(), all.data() + blocks.size());
         }
         return all;
@@ -111,7 +111,6 @@ struct host_side {
 };
 
 static void make_codebook(host_side & x, rng & r, bool encodes = false) {
-    const pq_spec            s = pq_get_spec(x.type);
     const pq_codebook_layout l = x.layout();
     x.blocks.assign((size_t) x.H * l.head_bytes, 0);
     for (int h = 0; h < x.H; h++) {
@@ -128,7 +127,7 @@ static void make_codebook(host_side & x, rng & r, bool encodes = false) {
                 }
             }
         }
-        for (int i = 0; i < x.D * s.ksub; i++) {
+        for (int i = 0; i < x.D * PQ_KSUB; i++) {
             ((uint16_t *) (b + l.centroids))[i] = to_f16(r.normal());
         }
     }
@@ -399,10 +398,10 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
                         }
                     }
                 }
-                std::vector<double> lut((size_t) M_k * sk.ksub, 0.0), cv((size_t) c.D * sv.ksub);
+                std::vector<double> lut((size_t) M_k * PQ_KSUB, 0.0), cv((size_t) c.D * PQ_KSUB);
                 for (int m = 0; m < M_k; m++) {
-                    for (int e = 0; e < sk.ksub * sk.dsub; e++) {
-                        lut[(size_t) m * sk.ksub + e / sk.dsub] += qt[m * sk.dsub + e % sk.dsub] * from_f16(k.centroids(hk)[(size_t) m * sk.ksub * sk.dsub + e]);
+                    for (int e = 0; e < PQ_KSUB * sk.dsub; e++) {
+                        lut[(size_t) m * PQ_KSUB + e / sk.dsub] += qt[m * sk.dsub + e % sk.dsub] * from_f16(k.centroids(hk)[(size_t) m * PQ_KSUB * sk.dsub + e]);
                     }
                 }
                 for (size_t e = 0; v.coded() && e < cv.size(); e++) {
@@ -420,7 +419,7 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
                     const uint8_t * row = k.row(s, i, hk);
                     double x = q_mu;
                     for (int m = 0; m < M_k; m++) {
-                        x += lut[(size_t) m * sk.ksub + pq_code_get(k.type, row, m)];
+                        x += lut[(size_t) m * PQ_KSUB + pq_code_get(k.type, row, m)];
                     }
                     for (int d = 0; d < c.D && !k.coded(); d++) {
                         x += qr[d] * from_f16(((const uint16_t *) row)[d]);
@@ -452,7 +451,7 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
                     coded += w;
                     const uint8_t * row = v.row(s, i, hk);
                     for (int m = 0; m < M_v; m++) {
-                        const double * y = &cv[((size_t) m * sv.ksub + pq_code_get(v.type, row, m)) * sv.dsub];
+                        const double * y = &cv[((size_t) m * PQ_KSUB + pq_code_get(v.type, row, m)) * sv.dsub];
                         for (int e = 0; e < sv.dsub; e++) {
                             o[m * sv.dsub + e] += w * y[e];
                         }
@@ -905,7 +904,7 @@ static void test_plan() {
                                 check(plan.scratch_bytes <= (size_t) plan.n_blocks * plan.rows_per_block * (2 * D + 4) * 4, "%s: %zu bytes of scratch", name, plan.scratch_bytes);
                                 const bool two_phases = plan.kernel == PQ_CUDA_ATTN_TWO_PHASES;
                                 check(!two_phases || plan.score_tiles >= 1, "%s: no room for scores", name);
-                                check(two_phases || D <= 128 || t == 1, "%s: tables of %d would not fit", name, D);
+                                check(two_phases || D <= 128, "%s: tables of %d would not fit", name, D);
                                 check((plan.kernel == PQ_CUDA_ATTN_128) == (D == 128), "%s: kernel %d", name, (int) plan.kernel);
                                 check(plan.kernel != PQ_CUDA_ATTN_128 || (plan.n_tail_warps >= 1) == (n_tail > 0), "%s: %d warps for the tail", name, plan.n_tail_warps);
                             }

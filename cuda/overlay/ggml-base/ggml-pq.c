@@ -2,10 +2,6 @@
 
 #include "pq-layout.h"
 
-static enum pq_type pq_type_of(enum ggml_type type) {
-    return (enum pq_type) (type - GGML_TYPE_PQ4);
-}
-
 bool ggml_is_pq(enum ggml_type type) {
     return type == GGML_TYPE_PQ4 || type == GGML_TYPE_PQ3 || type == GGML_TYPE_PQ2;
 }
@@ -35,8 +31,8 @@ bool ggml_pq_has_operand(const struct ggml_tensor * op) {
 struct ggml_tensor * ggml_pq_new_codebook(
         struct ggml_context * ctx, enum ggml_type type, int32_t D, int32_t n_head_kv, bool has_transform, bool with_tables) {
     GGML_ASSERT(ggml_is_pq(type) && pq_head_size_ok(D) && n_head_kv > 0);
-    const struct pq_codebook_layout l = pq_get_codebook_layout(pq_type_of(type), D, has_transform);
-    const size_t table_bytes = pq_table_bytes(pq_type_of(type), D);
+    const struct pq_codebook_layout l = pq_get_codebook_layout(D, has_transform);
+    const size_t table_bytes = pq_table_bytes(D);
     if (!with_tables || table_bytes == 0) {
         return ggml_new_tensor_2d(ctx, GGML_TYPE_I8, (int64_t) l.head_bytes, n_head_kv);
     }
@@ -59,7 +55,7 @@ bool ggml_pq_codebook_fits(const struct ggml_tensor * codebook, enum ggml_type t
         return false;
     }
     for (int t = 0; t < 2; ++t) {
-        if ((size_t) codebook->ne[0] == pq_get_codebook_layout(pq_type_of(type), D, t).head_bytes) {
+        if ((size_t) codebook->ne[0] == pq_get_codebook_layout(D, t).head_bytes) {
             *has_transform = t;
             return true;
         }

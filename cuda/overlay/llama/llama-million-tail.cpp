@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <stdexcept>
 
 static constexpr uint32_t N_TAIL_DEFAULT = 128;
 static constexpr uint32_t N_TAIL_MAX     = 1 << 20;

@@ -26,7 +26,7 @@
 #include <tuple>
 #include <vector>
 
-static constexpr uint32_t MILLION_VERSION = 1;
+static constexpr uint32_t MILLION_VERSION = 2;
 
 static pq_type pq_type_of(ggml_type type) {
     return (pq_type) (type - GGML_TYPE_PQ4);
