@@ -30,12 +30,12 @@ from million_gguf.spec import PQ_TYPES
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"
 # What the README shows now.
-_KL = [_RESULTS / "2026-11-26b-cpu-ref33m" / "kl.csv"]
+_KL = [_RESULTS / "2026-11-26b-cpu-ref33m" / "kl.csv", _RESULTS / "2026-11-26d-cpu-ref33m" / "kl.csv"]  # later ones count
 _KL_TEXT = "heldout"
 _KL_TITLE = "ref-33m, held-out text: what a KV cache type costs"
 _SPEED = [
-    (_RESULTS / "2026-11-26b-h200" / "7b-decode.json", "Llama-2-7B (32 KV heads)"),
-    (_RESULTS / "2026-11-26b-h200" / "8b-decode.json", "Llama-3.1-8B (8 KV heads)"),
+    (_RESULTS / "2026-11-26d-h100" / "7b-decode.json", "Llama-2-7B (32 KV heads)"),
+    (_RESULTS / "2026-11-26d-h100" / "8b-decode-depths.json", "Llama-3.1-8B (8 KV heads)"),
 ]
 _SPEED_TITLE = "Decode speed by depth, models of random weights in Q4_0"
 _TYPES = ("f16", "q8_0", "q4_0", "pq4", "pq3", "pq2")  # one colour each, whatever the order in a file

@@ -22,6 +22,7 @@
 //       on g. The product undoes that: for each turn it has rows or columns of its own, holding the query in that turn's order, and
 //       of its results those are kept whose turn is the cell's. With R rows there is room for 16 / R turns (8 for one
 //       row); what is left of the turn is undone by swapping registers. The cost hardly depends on R.
+//       Codes of four elements (pq2, and the shared ones of pq3) give two half2 in one lookup, with a turn of its own: four places instead of eight.
 //   V   16 lanes share a cell, two cells side by side; a lane owns 8 elements (four half2). One row: B is a diagonal matrix of
 //       weights, so a product is four multiply-adds per lane, from halves into floats. More rows: the half2 of two cells are
 //       re-packed by element, and B has the weights of two rows for those lanes' cells.
