@@ -37,7 +37,7 @@ _FAR = 16.0
 _MAX_CONDITION = 1e5
 
 _CODE_BITS = 8
-_MAX_TURNS = 100  # sweeps over all pairs of codes; measured variances need 5 to 10
+_MAX_SWEEPS = 100  # sweeps over all pairs of codes; measured variances need 5 to 10
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def coding_order(variance: F64, spec: PQSpec) -> I64:
     rounds = _round_robin(len(elements))
     mine, theirs = np.divmod(np.arange(width * width), width)  # what each swap exchanges
     changed = np.zeros((n_head_kv, len(elements)), dtype=np.int64)  # the turn in which a code's axes last changed
-    for turn in range(_MAX_TURNS * len(rounds)):
+    for turn in range(_MAX_SWEEPS * len(rounds)):
         if changed.max() < turn - len(rounds):
             break  # every pair has met as it is now
         first, second = rounds[turn % len(rounds)]

@@ -169,7 +169,7 @@ def test_awkward_rows_give_a_sound_codebook(name: str) -> None:
 def test_exactly_ksub_rows_are_kept_exactly() -> None:
     rows = np.random.default_rng(0).standard_normal((256, 1, 8)).astype(np.float16)
     cb, error = codebook.train_side(rows, PQ_TYPES["pq3"], 0, device="cpu")
-    assert error < 0.02
+    assert error < 1e-4  # of the roundings to f16: 2e-5
 
 
 def test_progress_ends_at_one() -> None:

@@ -269,7 +269,7 @@ PQ_INLINE void stage_cells(const uint8_t * data, size_t row_stride, CELL cell, i
             const int64_t at = EXPAND ? m / 4 * 3 : m;
             V8::stage_4_cells<EXPAND>(s[0] + at, s[1] + at, s[2] + at, s[3] + at, dst + m / 8 * group_stride + i * 8, group_stride);
         }
-        if (m < m_wide) {
+        if (!EXPAND && m < m_wide) { // 16 are left; expanded, there are none
             V8::stage_4_cells_16(s[0] + m, s[1] + m, s[2] + m, s[3] + m, dst + m / 8 * group_stride + i * 8, group_stride);
         }
         for (int64_t j = 0; j < 4; j++) {
@@ -1078,12 +1078,14 @@ void few_scores_coded(attn_item_ctx * c, int64_t n) {
     stage_cells<false>(c->k_data, c->k.row_stride, [=](int64_t i) { return (int64_t) cells[i]; }, n, n_codes, c->s.staged, PQ_KV_SEG_STRIDE);
     for (int64_t j0 = 0; j0 < n_codes; j0 += NB) {
         for (int64_t j = 0; j < NB; j++) {
-            float          * table = c->s.table + j * PQ_KSUB * RP;
-            const int64_t    d     = code_subspace<TYPE>(j0 + j) * DSUB;
-            const uint16_t * cen   = c->k_block.centroids + d * PQ_KSUB;
+            float * table = c->s.table + j * PQ_KSUB * RP;
             if (j0 + j >= n_codes) {
                 memset(table, 0, PQ_KSUB * RP * sizeof(float));
-            } else if (code_is_last<TYPE>(j0 + j)) {
+                continue;
+            }
+            const int64_t    d   = code_subspace<TYPE>(j0 + j) * DSUB;
+            const uint16_t * cen = c->k_block.centroids + d * PQ_KSUB;
+            if (code_is_last<TYPE>(j0 + j)) {
                 centroids_to_soa<V8, DSUB, N_LAST>(cen, c->s.soa);
                 few_build_table<DSUB * N_LAST, RP>(c->s.soa, c->s.qt + d, ld, table);
             } else {

@@ -80,7 +80,7 @@ static inline pq_encode_scratch pq_encode_carve(pq_arena * a, int64_t D) {
     pq_encode_scratch s;
     s.x     = pq_take<float>(a, PQ_ROW_TILE * pq_padded(D));
     s.y     = pq_take<float>(a, PQ_ROW_TILE * pq_padded(D));
-    s.soa   = pq_take<float>(a, PQ_MAX_DSUB * PQ_KSUB);
+    s.soa   = pq_take<float>(a, PQ_MAX_DIMS * PQ_KSUB);
     s.codes = pq_take<uint8_t>(a, PQ_ROW_TILE * PQ_MAX_M);
     return s;
 }
@@ -169,7 +169,7 @@ struct pq_attn_scratch {
     // few rows
     float   * bias;   // [PQ_KV_SEG][rp] slope * mask
     float   * soa;    // [elements][PQ_KSUB] centroids of one code
-    float   * table;  // inner products [codes][PQ_KSUB][rp], or f32 centroids [subspaces][PQ_KSUB][dsub]
+    float   * table;  // inner products [codes][PQ_KSUB][rp], or f32 centroids [codes][PQ_KSUB][elements]
     int32_t * cells;  // [PQ_KV_SEG] cells that some row may see
 };
 
@@ -201,7 +201,7 @@ static inline pq_attn_scratch pq_attn_carve(pq_arena * a, const pq_attn_plan * p
         s.s      = pq_take<float>(a, PQ_KV_SEG * pl->rp + PQ_PAD);
         s.staged = pq_take<uint8_t>(a, pq_n_groups(d_max) * PQ_KV_SEG_STRIDE);
         s.bias   = pq_take<float>(a, PQ_KV_SEG * pl->rp + PQ_PAD);
-        s.soa    = pq_take<float>(a, PQ_MAX_DSUB * PQ_KSUB);
+        s.soa    = pq_take<float>(a, PQ_MAX_DIMS * PQ_KSUB);
         s.table  = pq_take<float>(a, 8 * PQ_KSUB * 8);
         s.cells  = pq_take<int32_t>(a, PQ_KV_SEG);
     }

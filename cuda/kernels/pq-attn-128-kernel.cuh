@@ -76,9 +76,8 @@ struct args_128 : args {
 
 // Bytes of a cell in a warp's tile. The 48 bytes of pq3 come with 16 of the head beside, where every two heads begin at a sector (`paired`), so that they are
 // whole sectors and most often within one line: copied by themselves they take two passes through shared memory for every cell.
-template <int TYPE>
-__host__ __device__ constexpr uint32_t tile_cell() {
-    return TYPE == PQ_TYPE_PQ2 ? 32 : 64;
+__host__ __device__ constexpr uint32_t tile_cell(int type) {
+    return type == PQ_TYPE_PQ2 ? 32 : 64;
 }
 
 // Where in them its codes begin.
@@ -159,7 +158,7 @@ template <int TYPE> struct k_place {
         if constexpr (TYPE == PQ_TYPE_PQ3) {
 #pragma unroll
             for (int i = 0; i < 3; i++) {
-                at[i] = tile + g * tile_cell<TYPE>() + ((skip + 12 * t + 4 * i) ^ (g / 2 * 16));
+                at[i] = tile + g * tile_cell(TYPE) + ((skip + 12 * t + 4 * i) ^ (g / 2 * 16));
             }
         } else {
             at[0] = tile + 4 * k_words<TYPE>::N * lane;
@@ -169,7 +168,7 @@ template <int TYPE> struct k_place {
 
 template <int TYPE>
 PQ_DEVICE void read_k_words(uint32_t (&w)[k_words<TYPE>::N], const k_place<TYPE> & place, int group) {
-    const uint32_t from = group * 8 * tile_cell<TYPE>(), at = place.at[0] + from;
+    const uint32_t from = group * 8 * tile_cell(TYPE), at = place.at[0] + from;
     if constexpr (TYPE == PQ_TYPE_PQ4) {
         const uint4 v = pq_shared_u128(at);
         w[0] = v.x;
@@ -235,7 +234,7 @@ template <int TYPE>
 PQ_DEVICE void v_place(int lane, uint32_t tile, uint32_t * at, uint32_t * next) {
     int cell, l;
     v_lane_place<TYPE>(lane, &cell, &l);
-    *at   = tile + cell * tile_cell<TYPE>() + (TYPE == PQ_TYPE_PQ4 ? 4 * l : TYPE == PQ_TYPE_PQ3 ? 3 * l / 4 * 4 : 2 * l);
+    *at   = tile + cell * tile_cell(TYPE) + (TYPE == PQ_TYPE_PQ4 ? 4 * l : TYPE == PQ_TYPE_PQ3 ? 3 * l / 4 * 4 : 2 * l);
     *next = *at + (l % 4 == 1 || l % 4 == 2 ? 4 : 0); // pq3: three codes that go on in the next word
 }
 
@@ -807,7 +806,7 @@ PQ_DEVICE void attend_tail_128(float * o, float2 * ml, const args_128 & a, const
 template <int TYPE, bool IS_V, int R>
 struct tile_source {
     enum {
-        N      = tile_cell<TYPE>() / 16,   // pieces of a cell
+        N      = tile_cell(TYPE) / 16,   // pieces of a cell
         ROWS   = PQ_WARP / N,              // cells of a copy
         BY_ROW = TYPE == PQ_TYPE_PQ4,      // a lane's place is kept. The other types have no registers for that, and work it out
         STEP   = TYPE == PQ_TYPE_PQ3 && R == 1, // see below
@@ -815,11 +814,12 @@ struct tile_source {
     const uint8_t * lane_codes;            // of the part's first cell, at the lane's piece; BY_ROW: of its first row
     uint32_t        lane_dst;
     bool            idle;                  // pq3: the lane's piece is not of the cell
-    bool            halves;                // STEP: the cell lies in one line
+    bool            one_line;              // STEP: the part's first cell lies in one line, as all do where rows are whole lines
 
     __device__ __forceinline__ tile_source(const uint8_t * codes, uint32_t row_stride, bool paired, uint32_t tile, int lane)
         : lane_codes(codes + (BY_ROW ? lane / N * row_stride : 0) + 16 * (lane % N)),
-          lane_dst(tile + 16 * (TYPE == PQ_TYPE_PQ3 && !IS_V ? lane ^ lane / (2 * N) % 4 : lane)), idle(TYPE == PQ_TYPE_PQ3 && !paired && lane % N == 3), halves(((uintptr_t) codes & 127) <= 64) {}
+          lane_dst(tile + 16 * (TYPE == PQ_TYPE_PQ3 && !IS_V ? lane ^ lane / (2 * N) % 4 : lane)),
+          idle(TYPE == PQ_TYPE_PQ3 && !paired && lane % N == 3), one_line(((uintptr_t) codes & 127) <= 64) {}
 
     // Asks for tile i of n_cell cells; past the last one it is the last again. STEP: with one row shared memory is what bounds the loop, and of pq3 every fourth
     // head takes two passes for a cell, which lies in two lines. The others would run ahead of it by more than L2 holds, and lines that heads share be read
@@ -842,7 +842,7 @@ struct tile_source {
             }
         } else {
             const uint32_t first = i * TILE_128 + pq_opaque(lane) / N;
-            const bool     later = STEP && halves && lane % N >= 2;
+            const bool     later = STEP && one_line && lane % N >= 2;
 #pragma unroll
             for (int j = 0; j < N; j++) {
                 const uint8_t * src = pq_mad_wide(min(first + j * ROWS, (uint32_t) n_cell - 1), row_stride, lane_codes);
@@ -1104,7 +1104,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     constexpr int N_GROUP_ENCODE = NT / PQ_ENCODE_FEW_THREADS;
     static_assert(NT % PQ_ENCODE_FEW_THREADS == 0, "every thread is of a group");
     constexpr uint32_t V_TABLE = table_bytes(KT, L);
-    constexpr uint32_t K_BYTES = TILE_128 * tile_cell<KT>(), V_BYTES = TILE_128 * tile_cell<VT>();
+    constexpr uint32_t K_BYTES = TILE_128 * tile_cell(KT), V_BYTES = TILE_128 * tile_cell(VT);
 
     extern __shared__ __align__(16) uint8_t smem[];
     row_info * rows    = (row_info *) (smem + a.smem_rows);
@@ -1299,9 +1299,12 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         init_k_lane<KT>(kl, lane);
         init_v_lane<VT>(vl, a.v, lane);
 #pragma unroll
+        for (int i = 0; i < 2; i++) {
+            vl.low[i] = pq_keep(vl.low[i], lane);
+        }
+#pragma unroll
         for (int i = 0; i < 4; i++) {
-            vl.low[i / 2] = pq_keep(vl.low[i / 2], lane);
-            vl.pick[i]    = pq_keep(vl.pick[i], lane);
+            vl.pick[i] = pq_keep(vl.pick[i], lane);
         }
         v_order = vl.order;
         uint32_t v_at, v_next;

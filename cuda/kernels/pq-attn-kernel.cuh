@@ -95,8 +95,8 @@ __host__ __device__ constexpr uint32_t table_bytes(int type, int L) {
     return type == PLAIN ? 0 : PQ_KSUB * (L == 32 ? 512 : 256);
 }
 
-__host__ __device__ constexpr uint32_t v_table_offset(int kt, int L, bool two_phases) {
-    return two_phases ? 0 : L == 8 ? 128 : kt != ANY_TYPE ? table_bytes(kt, L) : L == 16 ? table_bytes(PQ_TYPE_PQ4, 16) : 0;
+__host__ __device__ constexpr uint32_t v_table_offset(int L, bool two_phases) {
+    return two_phases || L == 32 ? 0 : L == 8 ? 128 : table_bytes(PQ_TYPE_PQ4, 16);
 }
 
 // A query row of the block. Rows past the last repeat it, with a zero query, and write nothing.
@@ -222,15 +222,14 @@ template <int TYPE>
 struct table_item {
     enum {
         DSUB  = TYPE == PQ_TYPE_PQ2 ? 4 : 2,
-        KSUB  = PQ_KSUB,
         N_SUB = 8 / DSUB,        // subspaces of a lane
         N_CEN = 16 / (2 * DSUB), // centroids in 16 bytes
-        PLANE = KSUB * 256,
+        PLANE = PQ_KSUB * 256,
     };
     uint4 x[N_SUB];
 
     static __device__ __forceinline__ int n_lane4(int D) { return (D / 8 + 3) / 4; }
-    static __device__ __forceinline__ int count(int D)   { return n_lane4(D) * 4 * (KSUB / N_CEN); }
+    static __device__ __forceinline__ int count(int D)   { return n_lane4(D) * 4 * (PQ_KSUB / N_CEN); }
 
     // Items side by side: 4 lanes for the stores, 8 runs of 16 bytes, a whole line of memory, for the loads.
     static __device__ __forceinline__ int lane(int item, int D) {
@@ -244,7 +243,7 @@ struct table_item {
         const int l = lane(item, D), c = centroid(item, D);
 #pragma unroll
         for (int m = 0; m < N_SUB; m++) {
-            x[m] = __ldg((const uint4 *) (centroids + ((size_t) (l * N_SUB + m) * KSUB + c) * (2 * DSUB)));
+            x[m] = __ldg((const uint4 *) (centroids + ((size_t) (l * N_SUB + m) * PQ_KSUB + c) * (2 * DSUB)));
         }
     }
     __device__ __forceinline__ void store(uint8_t * table, int item, int D) const {
@@ -878,7 +877,7 @@ __global__ void __launch_bounds__(n_threads(R), 1) attn_kernel(const __grid_cons
     constexpr int CELLS  = PQ_WARP / L; // per slot
     constexpr int TILE   = cells_per_tile(L);
     constexpr int N_LANE_CELLS = lane_cells<L>::N;
-    constexpr uint32_t V_TABLE = v_table_offset(KT, L, TWO_PHASES);
+    constexpr uint32_t V_TABLE = v_table_offset(L, TWO_PHASES);
 
     extern __shared__ __align__(16) uint8_t smem[];
     row_info * rows  = (row_info *) (smem + a.smem_rows);

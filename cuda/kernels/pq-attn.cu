@@ -31,7 +31,7 @@ struct smem_layout {
 smem_layout get_smem_layout(const pq_attn_params & p, int lanes, int R, bool two_phase, int64_t n_list, int score_tiles) {
     const size_t NW = n_threads(R) / PQ_WARP, D = p.k.D;
     const size_t k  = table_bytes(p.k.type, lanes), v = table_bytes(p.v.type, lanes);
-    const size_t v_offset = v == 0 || lanes == 8 ? 0 : v_table_offset(kernel_type(p, lanes), lanes, two_phase);
+    const size_t v_offset = v == 0 || lanes == 8 ? 0 : v_table_offset(lanes, two_phase);
     smem_layout s;
     size_t off = std::max({ k, v_offset + v, NW * R * 1024, NW * R * (D + 2) * sizeof(float) }); // the merge, and the tail where there is nothing else, reuse the tables' room
     auto take = [&](size_t bytes) {
@@ -61,10 +61,6 @@ struct smem_layout_128 {
     size_t codes, rows, qt, weights, merge_ml, sums, tail, barrier, bytes;
 };
 
-uint32_t tile_cell_of(pq_type type) {
-    return type == PQ_TYPE_PQ4 ? tile_cell<PQ_TYPE_PQ4>() : type == PQ_TYPE_PQ3 ? tile_cell<PQ_TYPE_PQ3>() : tile_cell<PQ_TYPE_PQ2>();
-}
-
 // Of attn_128_kernel.
 smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_warps) {
     const size_t NW = n_threads_128(R) / PQ_WARP;
@@ -77,7 +73,7 @@ smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_
         return at;
     };
     off = (off + 15) / 16 * 16;
-    s.codes    = take(NW * TILE_128 * (tile_cell_of(p.k.type) + tile_cell_of(p.v.type)));
+    s.codes    = take(NW * TILE_128 * (tile_cell(p.k.type) + tile_cell(p.v.type)));
     s.rows     = take(R * sizeof(row_info));
     s.qt       = take((size_t) R * Q_STRIDE * sizeof(uint16_t));
     s.weights  = take(R > 1 ? ((NW + 1) * 16 * R + 4) * sizeof(uint32_t) : 0);

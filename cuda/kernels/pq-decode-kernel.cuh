@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS, PQ_DECODE_Y_BLOCKS) pq_deco
     const int j = threadIdx.x % 16, n_rows = (int) s.p.n_rows, step = gridDim.x * PQ_DECODE_Y_ROWS;
     const uint8_t * codes = s.p.codes + head * s.codes_head_stride + (WORDS ? 3 * j / 4 * 4 : j * UNIT);
     uint8_t       * dst   = (uint8_t *) s.x_f16 + head * s.p.x_head_stride + j * 16;
-    const int next_word   = j % 4 == 1 || j % 4 == 2 ? 4 : 0; // pq3: 24 bits that go on in the next word
+    const int next_word   = j % 4 == 1 || j % 4 == 2 ? 4 : 0; // pq3: three codes that go on in the next word
     auto load = [&](uint32_t (&c)[PQ_DECODE_Y_AHEAD], int row0) {
 #pragma unroll
         for (int i = 0; i < PQ_DECODE_Y_AHEAD; i++) {

@@ -170,10 +170,11 @@ __device__ __forceinline__ float pq_encode_map(const float * x, const __half (*T
     return y;
 }
 
-// The nearest centroid to elements y of a row, in all LANES threads that share the code. get(i): load i of the thread's share
-template <class KIND, int LANES, int UNROLL, class GET>
-__device__ __forceinline__ int pq_encode_search_shared(const float * y, GET get, int tid) {
-    constexpr int PER = 8 / KIND::DSUB; // centroids of a load
+// The nearest centroid to elements y of a row, in all threads that share the code. get(i): load i of the thread's share
+template <class KIND, int UNROLL, class GET>
+__device__ __forceinline__ int pq_encode_search_kind(const float * y, GET get, int tid) {
+    constexpr int LANES = 4 * KIND::DIMS; // see pq_encode_share
+    constexpr int PER   = 8 / KIND::DSUB; // centroids of a load
     const int lane = tid % LANES;
     float y_code[KIND::DIMS];
 #pragma unroll
@@ -220,12 +221,12 @@ __device__ __forceinline__ int pq_encode_search_shared(const float * y, GET get,
 template <int TYPE, int UNROLL, class GET>
 __device__ __forceinline__ int pq_encode_search(const float * y, const pq_encode_share & share, GET get, int tid) {
     if constexpr (TYPE == PQ_TYPE_PQ2) {
-        return pq_encode_search_shared<pq_encode_four, 16, UNROLL>(y + share.place, get, tid);
+        return pq_encode_search_kind<pq_encode_four, UNROLL>(y + share.place, get, tid);
     } else {
         if (TYPE == PQ_TYPE_PQ3 && share.shared) {
-            return pq_encode_search_shared<pq_encode_shared, 16, UNROLL == 1 ? 1 : UNROLL / 2>(y + share.place, get, tid);
+            return pq_encode_search_kind<pq_encode_shared, UNROLL == 1 ? 1 : UNROLL / 2>(y + share.place, get, tid);
         }
-        return pq_encode_search_shared<pq_encode_pair, 8, UNROLL>(y + share.place, get, tid);
+        return pq_encode_search_kind<pq_encode_pair, UNROLL>(y + share.place, get, tid);
     }
 }
 

@@ -345,7 +345,7 @@ __device__ __forceinline__ uint32_t pq_encode_split(float y) {
     return u;
 }
 
-// Codes of 16 rows: code `code` of the strip, number I of the warp.
+// Codes of 16 rows: code `code_index` of the strip, number I of the warp.
 template <int TYPE, class KIND, int I, int D_STEPS>
 __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & op, int row0, int n_rows, int code_index,
                                                       pq_encode_tile_smem<D_STEPS> & s) {

@@ -32,7 +32,7 @@ enum pq_type {
 
 #define PQ_KSUB     256 // centroids per subspace
 #define PQ_MAX_D    256 // largest head size
-#define PQ_MAX_DSUB 4
+#define PQ_MAX_DIMS 4   // elements of a code
 #define PQ_MAX_M    128 // PQ_MAX_D / 2
 
 struct pq_spec {

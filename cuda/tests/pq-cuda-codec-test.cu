@@ -732,7 +732,9 @@ static void test(bool quick) {
     test_decode_rows(quick);
     test_code_space(quick);
     if (!quick) { // large: every multiprocessor takes several tiles
-        test_encode({ { PQ_TYPE_PQ4, 128, 8, true, false, true, side_case::NORMAL } }, 2048);
+        for (const pq_type type : { PQ_TYPE_PQ4, PQ_TYPE_PQ3, PQ_TYPE_PQ2 }) {
+            test_encode({ { type, 128, 8, true, false, true, side_case::NORMAL } }, 2048);
+        }
         test_decode(PQ_TYPE_PQ4, 128, 8, true, 5000);
     }
 }

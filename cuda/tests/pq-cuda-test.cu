@@ -852,16 +852,19 @@ static void test_quick_step(const pq_cuda_device_props & props) {
     run_step({ P4, P4, 2, 2, 1, 1, 700, 64, 0, true, ROPE_PAIRS }, props);
     run_step({ P3, P2, 4, 1, 2, 1, 700, 40, 1, true, ROPE_NEOX_YARN }, props);
     run_step({ P4, P2, 1, 1, 1, 8, 31, 64, 0, false, ROPE_NEOX }, props);
+    run_step({ P3, P3, 4, 4, 1, 1, 700, 64, 0, true, ROPE_PAIRS }, props); // heads in pairs, one of them in two lines
+    run_step({ P3, P3, 8, 2, 1, 1, 700, 64, 0, true, ROPE_NEOX }, props);
 }
 
 static void test_quick(const pq_cuda_device_props & props) {
     const pq_type P4 = PQ_TYPE_PQ4, P3 = PQ_TYPE_PQ3, P2 = PQ_TYPE_PQ2, F = PQ_TYPE_COUNT;
     const attn_case base = { P4, P4, 128, 4, 4, 1, 1, 257, MASK_CAUSAL, 40, true, 0.0f, 0.0f, false, 1, 1, 0, 0 };
-    for (const auto & t : { std::pair<pq_type, pq_type>(P4, P4), { P3, P2 }, { P2, P3 }, { P4, F }, { F, P3 } }) {
+    for (const auto & t : { std::pair<pq_type, pq_type>(P4, P4), { P3, P3 }, { P3, P2 }, { P2, P3 }, { P4, F }, { F, P3 } }) {
         for (int D : { 64, 128, 256 }) {
             for (int group : { 1, 4, 8 }) {
                 attn_case c = base;
-                c.kt = t.first; c.vt = t.second; c.D = D; c.n_head = group; c.n_head_kv = 1; c.mask = MASK_SPARSE; c.n_kv = 700; c.n_sm = 3;
+                const int n_head_kv = t.first == P3 && t.second == P3 ? 2 : 1; // heads in pairs
+                c.kt = t.first; c.vt = t.second; c.D = D; c.n_head = n_head_kv * group; c.n_head_kv = n_head_kv; c.mask = MASK_SPARSE; c.n_kv = 700; c.n_sm = 3;
                 run_case(c, props);
             }
         }

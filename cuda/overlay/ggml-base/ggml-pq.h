@@ -69,7 +69,7 @@ GGML_API struct ggml_tensor * ggml_pq_new_codebook(
 // The lookup tables of a codebook in the memory of its device; NULL when it has none.
 GGML_API const uint8_t * ggml_pq_codebook_tables(const struct ggml_tensor * codebook);
 
-// Whether a codebook tensor has the size of type `type` at head size D; `has_transform` then tells if maps are stored.
+// Whether a codebook tensor has the size that codebooks of head size D have, whatever the type; `has_transform` then tells if maps are stored.
 GGML_API bool ggml_pq_codebook_fits(const struct ggml_tensor * codebook, enum ggml_type type, int32_t D, bool * has_transform);
 
 // Attaches a codebook to a SET_ROWS, CPY or VIEW; does nothing when it is NULL. Returns t.
