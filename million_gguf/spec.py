@@ -67,8 +67,9 @@ class PQSpec:
     def code_of_subspace(self, D: int) -> npt.NDArray[np.intp]:
         """Which byte of a head is the code of each subspace, ``[M]``. Raises MismatchError as ``check_head_size`` does."""
         m = np.arange(self.n_subspaces(D))
-        per_block = self.block_elems // self.dsub
-        return m // per_block * self.block_bytes + np.minimum(m % per_block, self.block_bytes - 1)
+        if self.name != "pq3":
+            return m
+        return np.where(m % 4 < 2, m // 4 * 2 + m % 4, D // 4 + m // 4)  # codes of two subspaces come last
 
     def elements_of_codes(self, D: int) -> list[npt.NDArray[np.intp]]:
         """The elements of y that each code stands for: ``[codes, dims]`` for each number of dims that a code may have.

@@ -33,14 +33,14 @@ def test_centroids_encode_to_themselves(name: str, D: int) -> None:
 
 
 def test_two_subspaces_of_pq3_are_decoded_by_one_code() -> None:
-    """Worked by hand from pq-layout.h: bytes 3u, 3u + 1 are codes of subspaces 4u, 4u + 1, and 3u + 2 that of 4u + 2 and 4u + 3."""
+    """Worked by hand from pq-layout.h: bytes 2u, 2u + 1 are codes of subspaces 4u, 4u + 1, and D / 4 + u that of 4u + 2 and 4u + 3."""
     s = PQ_TYPES["pq3"]
     m, c = np.meshgrid(np.arange(8), np.arange(256), indexing="ij")
     centroids = np.stack([m, c], axis=-1)[None].astype(np.float16)  # a centroid says which it is
     cb = Codebook(s, np.zeros((1, 16), np.float32), None, centroids)
     y = pq_ref.decode(cb, np.array([[[10, 20, 30, 40, 50, 60]]], np.uint8)).reshape(8, 2)
     assert y[:, 0].tolist() == list(range(8))
-    assert y[:, 1].tolist() == [10, 20, 30, 30, 40, 50, 60, 60]
+    assert y[:, 1].tolist() == [10, 20, 50, 50, 30, 40, 60, 60]
 
 
 def test_decode_encode_with_transform_is_stable() -> None:
@@ -85,7 +85,7 @@ def test_encode_is_the_nearest_of_all(name: str, with_transform: bool) -> None:
     cb = make_codebook(name, 16, 2, with_transform=with_transform)
     subspaces = {
         "pq4": [[0], [1], [2], [3], [4], [5], [6], [7]],
-        "pq3": [[0], [1], [2, 3], [4], [5], [6, 7]],
+        "pq3": [[0], [1], [4], [5], [2, 3], [6, 7]],
         "pq2": [[0], [1], [2], [3]],
     }[name]
     x = rows_for(cb, 5)

@@ -64,7 +64,7 @@ def test_every_subspace_has_a_code_and_every_code_a_subspace(D: int) -> None:
 
 
 def test_of_four_subspaces_of_pq3_the_last_two_share_a_code() -> None:
-    assert PQ_TYPES["pq3"].code_of_subspace(16).tolist() == [0, 1, 2, 2, 3, 4, 5, 5]
+    assert PQ_TYPES["pq3"].code_of_subspace(16).tolist() == [0, 1, 4, 4, 2, 3, 5, 5]
     assert PQ_TYPES["pq4"].code_of_subspace(8).tolist() == PQ_TYPES["pq2"].code_of_subspace(16).tolist() == [0, 1, 2, 3]
 
 

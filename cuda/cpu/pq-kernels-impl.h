@@ -25,18 +25,18 @@ using V8 = pq_vec8;
 
 constexpr int64_t PW = 2 * V::N; // panel width: columns of one micro-kernel
 
-// Compile-time geometry of a type; pq_get_spec() is the same at run time. Every 8 elements have CODES codes, the last of which
-// stands for N_LAST subspaces and each other for one.
+// Compile-time geometry of a type; pq_get_spec() is the same at run time. Every 8 elements have CODES codes. Where N_SHARE
+// subspaces share a code, that is the last of them.
 template <int TYPE> struct geom;
-template <> struct geom<PQ_TYPE_PQ4> { enum { DSUB = 2, CODES = 4, N_LAST = 1 }; };
-template <> struct geom<PQ_TYPE_PQ3> { enum { DSUB = 2, CODES = 3, N_LAST = 2 }; };
-template <> struct geom<PQ_TYPE_PQ2> { enum { DSUB = 4, CODES = 2, N_LAST = 1 }; };
+template <> struct geom<PQ_TYPE_PQ4> { enum { DSUB = 2, CODES = 4, N_SHARE = 1 }; };
+template <> struct geom<PQ_TYPE_PQ3> { enum { DSUB = 2, CODES = 3, N_SHARE = 2 }; };
+template <> struct geom<PQ_TYPE_PQ2> { enum { DSUB = 4, CODES = 2, N_SHARE = 1 }; };
 
-// of code j of a head: its first subspace, and whether it is the last of 8 elements
-template <int TYPE> PQ_INLINE int64_t code_subspace(int64_t j) {
-    return j / geom<TYPE>::CODES * (8 / geom<TYPE>::DSUB) + j % geom<TYPE>::CODES;
+// of code j of a head: whether subspaces share it, and its first subspace
+template <int TYPE> PQ_INLINE bool code_is_shared(int64_t j, int64_t D) { return TYPE == PQ_TYPE_PQ3 && j >= D / 4; }
+template <int TYPE> PQ_INLINE int64_t code_subspace(int64_t j, int64_t D) {
+    return TYPE != PQ_TYPE_PQ3 ? j : code_is_shared<TYPE>(j, D) ? (j - D / 4) * 4 + 2 : j / 2 * 4 + j % 2;
 }
-template <int TYPE> PQ_INLINE bool code_is_last(int64_t j) { return j % geom<TYPE>::CODES == geom<TYPE>::CODES - 1; }
 
 struct head_block {
     const float    * mu;
@@ -234,20 +234,19 @@ PQ_INLINE void transpose_f16(ROW row, int64_t n, int64_t D, float * dst) {
 // ---- codes ----
 
 // Codes are staged in groups of 8: the codes as they lie in the cache, or, where a kernel takes pq3 for pq4, with EXPAND one for every
-// subspace: the third of three twice.
+// subspace, M of them: those that two share twice.
 //
 // Stages codes m0.. (a multiple of 8) of one head: group g to dst + g * group_stride; missing codes of the last group are 0.
 template <bool EXPAND>
 PQ_INLINE void stage_cell(const uint8_t * src, int64_t m0, int64_t M, uint8_t * dst, int64_t group_stride) {
-    src += EXPAND ? m0 / 4 * 3 : m0;
     dst += m0 / 8 * group_stride;
-    for (int64_t m = m0; m < M; m += 8, src += EXPAND ? 6 : 8, dst += group_stride) {
+    for (int64_t m = m0; m < M; m += 8, dst += group_stride) {
         if (!EXPAND && m + 8 <= M) {
-            memcpy(dst, src, 8);
+            memcpy(dst, src + m, 8);
             continue;
         }
         for (int64_t j = 0; j < 8; j++) {
-            dst[j] = m + j < M ? src[EXPAND ? pq_code_index(PQ_TYPE_PQ3, (int32_t) j) : j] : 0;
+            dst[j] = m + j >= M ? 0 : src[EXPAND ? pq_code_index(PQ_TYPE_PQ3, (int32_t) M * 2, (int32_t) (m + j)) : m + j];
         }
     }
 }
@@ -266,8 +265,8 @@ PQ_INLINE void stage_cells(const uint8_t * data, size_t row_stride, CELL cell, i
         }
         int64_t m = 0;
         for (; m + 32 <= m_wide; m += 32) {
-            const int64_t at = EXPAND ? m / 4 * 3 : m;
-            V8::stage_4_cells<EXPAND>(s[0] + at, s[1] + at, s[2] + at, s[3] + at, dst + m / 8 * group_stride + i * 8, group_stride);
+            const int64_t at = EXPAND ? m / 2 : m, shared = (M / 2 + m / 4) - at;
+            V8::stage_4_cells<EXPAND>(s[0] + at, s[1] + at, s[2] + at, s[3] + at, shared, dst + m / 8 * group_stride + i * 8, group_stride);
         }
         if (!EXPAND && m < m_wide) { // 16 are left; expanded, there are none
             V8::stage_4_cells_16(s[0] + m, s[1] + m, s[2] + m, s[3] + m, dst + m / 8 * group_stride + i * 8, group_stride);
@@ -420,10 +419,10 @@ void encode_tile(const pq_encode_params * p, int64_t row0, int64_t n, int64_t he
     }
 
     for (int64_t j = 0; j < n_codes; j++) {
-        const int64_t    d   = code_subspace<TYPE>(j) * DSUB;
+        const int64_t    d   = code_subspace<TYPE>(j, D) * DSUB;
         const uint16_t * cen = hb.centroids + d * PQ_KSUB;
-        if (code_is_last<TYPE>(j)) {
-            encode_code<DSUB, geom<TYPE>::N_LAST>(y + d, ld, n, cen, s.soa, s.codes + j);
+        if (code_is_shared<TYPE>(j, D)) {
+            encode_code<DSUB, geom<TYPE>::N_SHARE>(y + d, ld, n, cen, s.soa, s.codes + j);
         } else {
             encode_code<DSUB, 1>(y + d, ld, n, cen, s.soa, s.codes + j);
         }
@@ -1071,7 +1070,7 @@ PQ_INLINE void few_build_table(const float * soa, const float * qt, int64_t ld, 
 template <int TYPE, int RP>
 void few_scores_coded(attn_item_ctx * c, int64_t n) {
     constexpr int DSUB   = geom<TYPE>::DSUB;
-    constexpr int N_LAST = geom<TYPE>::N_LAST;
+    constexpr int N_SHARE = geom<TYPE>::N_SHARE;
     constexpr int NB     = RP <= 2 ? 8 : 4; // codes per pass: their tables should fit into the L1 cache
     const int64_t n_codes = c->k.D / 8 * geom<TYPE>::CODES, ld = c->pl.dk;
     const int32_t * cells = c->s.cells;
@@ -1083,11 +1082,11 @@ void few_scores_coded(attn_item_ctx * c, int64_t n) {
                 memset(table, 0, PQ_KSUB * RP * sizeof(float));
                 continue;
             }
-            const int64_t    d   = code_subspace<TYPE>(j0 + j) * DSUB;
+            const int64_t    d   = code_subspace<TYPE>(j0 + j, c->k.D) * DSUB;
             const uint16_t * cen = c->k_block.centroids + d * PQ_KSUB;
-            if (code_is_last<TYPE>(j0 + j)) {
-                centroids_to_soa<V8, DSUB, N_LAST>(cen, c->s.soa);
-                few_build_table<DSUB * N_LAST, RP>(c->s.soa, c->s.qt + d, ld, table);
+            if (code_is_shared<TYPE>(j0 + j, c->k.D)) {
+                centroids_to_soa<V8, DSUB, N_SHARE>(cen, c->s.soa);
+                few_build_table<DSUB * N_SHARE, RP>(c->s.soa, c->s.qt + d, ld, table);
             } else {
                 centroids_to_soa<V8, DSUB, 1>(cen, c->s.soa);
                 few_build_table<DSUB, RP>(c->s.soa, c->s.qt + d, ld, table);
@@ -1171,7 +1170,7 @@ void few_scores(attn_item_ctx * c, int64_t n) {
 // The centroids of 8 elements in f32: as they lie in the codebook, but the subspaces that share a code side by side
 template <int TYPE>
 PQ_INLINE void few_build_centroids(const uint16_t * cen, float * table) {
-    constexpr int64_t n_own = geom<TYPE>::N_LAST == 2 ? 4 * PQ_KSUB : 8 * PQ_KSUB;
+    constexpr int64_t n_own = geom<TYPE>::N_SHARE == 2 ? 4 * PQ_KSUB : 8 * PQ_KSUB;
     for (int64_t i = 0; i < n_own; i += 8) {
         V8::store(table + i, V8::load_f16(cen + i));
     }

@@ -293,15 +293,13 @@ struct pq_vec8 {
         }
     }
 
-    // 32 codes as they lie, or with EXPAND from 24, the third of every three twice
+    // 32 codes as they lie, or with EXPAND two of 16 in turns with one of 8 `shared` ones, twice
     template <bool EXPAND>
-    PQ_MEMBER __m256i load_32_codes(const uint8_t * src) {
+    PQ_MEMBER __m256i load_32_codes(const uint8_t * src, int64_t shared /* from src on */) {
         if constexpr (EXPAND) {
-            return _mm256_shuffle_epi8(
-                _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) src)),
-                                        _mm_loadu_si128((const __m128i *) (src + 8)), 1), // reads no further than 24 bytes
-                _mm256_setr_epi8(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11,
-                                 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 12, 13, 14, 15, 15));
+            const __m128i one = _mm_loadu_si128((const __m128i *) src), two = _mm_loadl_epi64((const __m128i *) (src + shared));
+            const __m128i twice = _mm_unpacklo_epi8(two, two);
+            return _mm256_set_m128i(_mm_unpackhi_epi16(one, twice), _mm_unpacklo_epi16(one, twice));
         } else {
             return _mm256_loadu_si256((const __m256i *) src);
         }
@@ -310,10 +308,10 @@ struct pq_vec8 {
     // 32 codes of each of 4 cells -> 4 groups of 8 codes, `group_stride` bytes apart, each with the 4 cells side by side: four
     // wide stores in place of sixteen narrow ones to as many cache lines
     template <bool EXPAND>
-    PQ_MEMBER void stage_4_cells(const uint8_t * s0, const uint8_t * s1, const uint8_t * s2, const uint8_t * s3, uint8_t * dst,
-                                 int64_t group_stride) {
-        const __m256i a = load_32_codes<EXPAND>(s0), b = load_32_codes<EXPAND>(s1);
-        const __m256i c = load_32_codes<EXPAND>(s2), d = load_32_codes<EXPAND>(s3);
+    PQ_MEMBER void stage_4_cells(const uint8_t * s0, const uint8_t * s1, const uint8_t * s2, const uint8_t * s3, int64_t shared,
+                                 uint8_t * dst, int64_t group_stride) {
+        const __m256i a = load_32_codes<EXPAND>(s0, shared), b = load_32_codes<EXPAND>(s1, shared);
+        const __m256i c = load_32_codes<EXPAND>(s2, shared), d = load_32_codes<EXPAND>(s3, shared);
         const __m256i ab_even = _mm256_unpacklo_epi64(a, b), ab_odd = _mm256_unpackhi_epi64(a, b); // groups 0, 2 and 1, 3
         const __m256i cd_even = _mm256_unpacklo_epi64(c, d), cd_odd = _mm256_unpackhi_epi64(c, d);
         _mm256_storeu_si256((__m256i *) (dst                   ), _mm256_permute2x128_si256(ab_even, cd_even, 0x20));
@@ -491,7 +489,7 @@ struct pq_vec8 {
         return r;
     }
     template <bool EXPAND>
-    PQ_MEMBER void stage_4_cells(const uint8_t *, const uint8_t *, const uint8_t *, const uint8_t *, uint8_t *, int64_t) {}
+    PQ_MEMBER void stage_4_cells(const uint8_t *, const uint8_t *, const uint8_t *, const uint8_t *, int64_t, uint8_t *, int64_t) {}
     PQ_MEMBER void stage_4_cells_16(const uint8_t *, const uint8_t *, const uint8_t *, const uint8_t *, uint8_t *, int64_t) {}
     enum { STAGES_4_CELLS = 0 };
 

@@ -116,7 +116,7 @@ PQ_DEVICE k_lane without_registers(const k_lane & s) {
         x.pick[i + 2] = x.pick[i] ^ 0x20;
         if constexpr (TYPE != PQ_TYPE_PQ2) {
             x.low[i]     = (uint32_t) pq_opaque((int) s.low[i]);
-            x.low[i + 2] = x.low[i] ^ 0x1010;
+            x.low[i + 2] = x.low[i] ^ (TYPE == PQ_TYPE_PQ3 ? 0x4040 : 0x1010);
         }
     }
     if constexpr (TYPE != PQ_TYPE_PQ4) {
@@ -124,6 +124,13 @@ PQ_DEVICE k_lane without_registers(const k_lane & s) {
         x.low2[1] = x.low2[0] ^ 0x1010;
     }
     return x;
+}
+
+// Where in a half row of the table quarter t has half2 i, in bytes. A quarter of pq3 is word t of each of its three pieces of 16 codes: then a cell's
+// words are at places that differ in two bits.
+template <int TYPE>
+PQ_DEVICE uint32_t k_column(int t, int i) {
+    return TYPE == PQ_TYPE_PQ3 ? 64 * (i / 4) + 16 * t + 4 * (i % 4) : 32 * t + 4 * i;
 }
 
 template <int TYPE>
@@ -137,7 +144,7 @@ PQ_DEVICE void init_k_lane(k_lane & s, int lane) {
     if constexpr (TYPE != PQ_TYPE_PQ2) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            s.low[i] = pq_keep((32 * t + 4 * (2 * i ^ g)) | (32 * t + 4 * ((2 * i + 1) ^ g)) << 8, lane);
+            s.low[i] = pq_keep(0x101 * k_column<TYPE>(t, g) ^ (k_column<TYPE>(0, 2 * i) | k_column<TYPE>(0, 2 * i + 1) << 8), lane);
         }
     }
     if constexpr (TYPE != PQ_TYPE_PQ4) { // 8-byte lookups: each half of a warp has 16 pairs of banks
@@ -148,39 +155,27 @@ PQ_DEVICE void init_k_lane(k_lane & s, int lane) {
     }
 }
 
-// The words of a cell come from the warp's tile in shared memory: where, of group 0, and the words of a group. pq3: three words that may lie in two pieces,
-// at swizzled places.
-template <int TYPE> struct k_place {
-    uint32_t at[TYPE == PQ_TYPE_PQ3 ? 3 : 1];
-
-    __device__ __forceinline__ k_place(uint32_t tile, uint32_t skip, int lane) {
-        const int g = lane / 4, t = lane % 4;
-        if constexpr (TYPE == PQ_TYPE_PQ3) {
-#pragma unroll
-            for (int i = 0; i < 3; i++) {
-                at[i] = tile + g * tile_cell(TYPE) + ((skip + 12 * t + 4 * i) ^ (g / 2 * 16));
-            }
-        } else {
-            at[0] = tile + 4 * k_words<TYPE>::N * lane;
-        }
-    }
-};
+// The words of a cell come from the warp's tile in shared memory: where the first one is, of group 0.
+template <int TYPE>
+PQ_DEVICE uint32_t k_place(uint32_t tile, uint32_t skip, int lane) {
+    return tile + (TYPE == PQ_TYPE_PQ3 ? lane / 4 * 64 + (lane / 8 * 16 ^ skip) + lane % 4 * 4 : 4 * k_words<TYPE>::N * lane);
+}
 
 template <int TYPE>
-PQ_DEVICE void read_k_words(uint32_t (&w)[k_words<TYPE>::N], const k_place<TYPE> & place, int group) {
-    const uint32_t from = group * 8 * tile_cell(TYPE), at = place.at[0] + from;
+PQ_DEVICE void read_k_words(uint32_t (&w)[k_words<TYPE>::N], uint32_t place, uint32_t skip, int group) {
+    const uint32_t from = group * 8 * tile_cell(TYPE);
     if constexpr (TYPE == PQ_TYPE_PQ4) {
-        const uint4 v = pq_shared_u128(at);
+        const uint4 v = pq_shared_u128(place + from);
         w[0] = v.x;
         w[1] = v.y;
         w[2] = v.z;
         w[3] = v.w;
     } else if constexpr (TYPE == PQ_TYPE_PQ3) {
-        w[0] = pq_shared_u32(at);
-        w[1] = pq_shared_u32(place.at[1] + from);
-        w[2] = pq_shared_u32(place.at[2] + from);
+        w[0] = pq_shared_u32(place + from);
+        w[1] = pq_shared_u32((place ^ (16 + 2 * skip)) + from); // pieces 0 and 1, or 1 and 2
+        w[2] = pq_shared_u32((place ^ 32) + from);              // 0 and 2, or 1 and 3
     } else {
-        const uint2 v = pq_shared_u64(at);
+        const uint2 v = pq_shared_u64(place + from);
         w[0] = v.x;
         w[1] = v.y;
     }
@@ -201,7 +196,6 @@ PQ_DEVICE void init_v_lane(lane_side & s, const side_args & v, int lane) {
         s.order  = s.cell;
         s.low[0] = (8 * l + 4 * s.cell) | (8 * l + 4 * (1 ^ s.cell)) << 8;
         s.low[1] = 8 * l;
-        s.select = 0x3210 + 0x1111 * (3 * l % 4);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             s.pick[i] = 0x7600 | (i ^ s.cell) << 4 | (4 + i);
@@ -217,34 +211,39 @@ PQ_DEVICE int v_half2(int i, int order) {
     return TYPE == PQ_TYPE_PQ3 && i >= 2 ? i : i ^ order;
 }
 
+// The codes of a lane's 8 elements of a cell of V.
+struct v_unit {
+    uint32_t own;    // a byte each
+    uint32_t shared; // pq3: the one of the last four elements
+};
+
 template <int TYPE, uint32_t TABLE>
-PQ_DEVICE void lookup_v(uint32_t (&y)[4], uint32_t w, const lane_side & s) {
+PQ_DEVICE void lookup_v(uint32_t (&y)[4], const v_unit & c, const lane_side & s) {
     if constexpr (TYPE == PQ_TYPE_PQ3) {
-        y[0] = pq_load_shared_u32<TABLE>(__byte_perm(w, s.low[0], s.pick[0]));
-        y[1] = pq_load_shared_u32<TABLE>(__byte_perm(w, s.low[0], s.pick[1]));
-        const uint2 v = pq_load_shared_u64<TABLE + 128>(__byte_perm(w, s.low[1], 0x7624));
+        y[0] = pq_load_shared_u32<TABLE>(__byte_perm(c.own, s.low[0], s.pick[0]));
+        y[1] = pq_load_shared_u32<TABLE>(__byte_perm(c.own, s.low[0], s.pick[1]));
+        const uint2 v = pq_load_shared_u64<TABLE + 128>(__byte_perm(c.shared, s.low[1], 0x7604));
         y[2] = v.x;
         y[3] = v.y;
     } else {
-        lookup<TYPE, TABLE>(y, w, s);
+        lookup<TYPE, TABLE>(y, c.own, s);
     }
 }
 
 template <int TYPE>
-PQ_DEVICE void v_place(int lane, uint32_t tile, uint32_t * at, uint32_t * next) {
+PQ_DEVICE void v_place(int lane, uint32_t tile, uint32_t * own, uint32_t * shared) {
     int cell, l;
     v_lane_place<TYPE>(lane, &cell, &l);
-    *at   = tile + cell * tile_cell(TYPE) + (TYPE == PQ_TYPE_PQ4 ? 4 * l : TYPE == PQ_TYPE_PQ3 ? 3 * l / 4 * 4 : 2 * l);
-    *next = *at + (l % 4 == 1 || l % 4 == 2 ? 4 : 0); // pq3: three codes that go on in the next word
+    *own    = tile + cell * tile_cell(TYPE) + (TYPE == PQ_TYPE_PQ4 ? 4 * l : 2 * l);
+    *shared = tile + cell * tile_cell(TYPE) + 32 + l;
 }
 
 template <int TYPE>
-PQ_DEVICE uint32_t read_v_word(uint32_t at, uint32_t next, const lane_side & vl) {
-    if constexpr (TYPE == PQ_TYPE_PQ3) {
-        return __byte_perm(pq_shared_u32(at), pq_shared_u32(next), vl.select);
-    } else {
-        return TYPE == PQ_TYPE_PQ4 ? pq_shared_u32(at) : pq_shared_u16(at);
-    }
+PQ_DEVICE v_unit read_v_unit(uint32_t own, uint32_t shared) {
+    v_unit c;
+    c.own    = TYPE == PQ_TYPE_PQ4 ? pq_shared_u32(own) : pq_shared_u16(own);
+    c.shared = TYPE == PQ_TYPE_PQ3 ? pq_shared_u8(shared) : 0;
+    return c;
 }
 
 PQ_DEVICE void swap_if(bool yes, uint32_t & a, uint32_t & b) {
@@ -256,17 +255,11 @@ PQ_DEVICE void swap_if(bool yes, uint32_t & a, uint32_t & b) {
 // The lane's 16 half2 of one cell, half2 i ^ turn at i. The row of the table: first the first halves of the four quarters (pq-layout.h).
 template <int TYPE>
 PQ_DEVICE void lookup_k(uint32_t (&y)[16], const uint32_t (&w)[k_words<TYPE>::N], const k_lane & s) {
-    constexpr int N_WORDS = TYPE == PQ_TYPE_PQ4 ? 4 : 2; // of codes whose lookups give one, or, pq2, two
-    uint32_t x[N_WORDS], shared = 0;
-    if constexpr (TYPE == PQ_TYPE_PQ3) { // codes of 8 elements are three bytes: the first two of all, then the third ones
-        x[0]   = __byte_perm(w[0], w[1], 0x4310);
-        x[1]   = __byte_perm(w[1], w[2], 0x6532);
-        shared = __byte_perm(__byte_perm(w[0], w[1], 0x0052), w[2], 0x7410);
-    } else {
+    constexpr int N_WORDS = TYPE == PQ_TYPE_PQ4 ? 4 : 2; // of codes whose lookups give one, or, pq2, two. pq3: then one of shared codes
+    uint32_t x[N_WORDS];
 #pragma unroll
-        for (int i = 0; i < N_WORDS; i++) {
-            x[i] = w[i];
-        }
+    for (int i = 0; i < N_WORDS; i++) {
+        x[i] = w[i];
     }
     if constexpr (TYPE != PQ_TYPE_PQ2) {
         // code i ^ turn: bit 2 of the turn swaps words, the others choose within a word
@@ -283,7 +276,7 @@ PQ_DEVICE void lookup_k(uint32_t (&y)[16], const uint32_t (&w)[k_words<TYPE>::N]
     if constexpr (TYPE != PQ_TYPE_PQ4) {
 #pragma unroll
         for (int i = TYPE == PQ_TYPE_PQ3 ? 4 : 0; i < 8; i++) {
-            const uint32_t at = __byte_perm(TYPE == PQ_TYPE_PQ3 ? shared : x[i / 4], s.low2[i % 4 / 2], s.pick[i % 4]);
+            const uint32_t at = __byte_perm(TYPE == PQ_TYPE_PQ3 ? w[2] : x[i / 4], s.low2[i % 4 / 2], s.pick[i % 4]);
             const uint2    v  = i < 4 ? pq_load_shared_u64<0>(at) : pq_load_shared_u64<128>(at);
             y[2 * i]     = v.x;
             y[2 * i + 1] = v.y;
@@ -344,7 +337,12 @@ PQ_DEVICE int query_half2(int i, int n) {
 // Where the mapped query has element i, so that its half2 are in the order of the lookups.
 template <int TYPE>
 __host__ __device__ constexpr int query_element(int i) {
-    return TYPE == PQ_TYPE_PQ3 ? i / 32 * 32 + i / 4 % 2 * 16 + i / 8 % 4 * 4 + i % 4 : i;
+    if (TYPE != PQ_TYPE_PQ3) {
+        return i;
+    }
+    // bits and not divisions: those are merged to one by a divisor that the kernel works out
+    const uint32_t u = (uint32_t) i, own = (u >> 4 & 3) << 5 | u >> 6 << 3 | (u >> 3 & 1) << 2, shared = u >> 5 << 5 | 16 | (u >> 3 & 3) << 2;
+    return (int) ((u >> 2 & 1 ? shared : own) | (u & 3));
 }
 
 // Which row and which cells of a tile a lane does the softmax of.
@@ -477,9 +475,9 @@ PQ_DEVICE void put_weights(uint32_t weights /* shared address */, const float (&
     }
 }
 
-// o += weights * y. word(j): the lane's word of slot j, asked for in the order j, j + 8, j + 1, j + 9, ... R = 1: o[dims 0..3 or 4..7 of the lane]; otherwise o[two rows][half2], {element, row} of {0, 0}, {0, 1}, {1, 0}, {1, 1}.
-template <int TYPE, uint32_t TABLE, int R, int N_O, class WORD>
-PQ_DEVICE void values_128(float (&o)[N_O][4], WORD word, const lane_side & vl, uint32_t p, uint32_t weights /* shared address */, int lane) {
+// o += weights * y. unit(j): the lane's codes of slot j, asked for in the order j, j + 8, j + 1, j + 9, ... R = 1: o[dims 0..3 or 4..7 of the lane]; otherwise o[two rows][half2], {element, row} of {0, 0}, {0, 1}, {1, 0}, {1, 1}.
+template <int TYPE, uint32_t TABLE, int R, int N_O, class UNIT>
+PQ_DEVICE void values_128(float (&o)[N_O][4], UNIT unit, const lane_side & vl, uint32_t p, uint32_t weights /* shared address */, int lane) {
     const int g = lane / 4, t = lane % 4;
     if constexpr (R == 1) {
         const uint32_t pick_lo = g == 2 * t ? 0x4410 : g == 2 * t + 1 ? 0x1044 : 0x4444;
@@ -488,8 +486,8 @@ PQ_DEVICE void values_128(float (&o)[N_O][4], WORD word, const lane_side & vl, u
 #pragma unroll
         for (int j = 0; j < N_SLOT / 2; j++) {
             uint32_t y[2][4];
-            lookup_v<TYPE, TABLE>(y[0], word(j),     vl);
-            lookup_v<TYPE, TABLE>(y[1], word(j + 8), vl);
+            lookup_v<TYPE, TABLE>(y[0], unit(j),     vl);
+            lookup_v<TYPE, TABLE>(y[1], unit(j + 8), vl);
             const uint32_t pj = __shfl_sync(PQ_FULL_WARP, p, pq_opaque(owner) + 4 * (2 * j % 8) + j / 4); // cell 2j + t / 2
             const uint32_t b0 = __byte_perm(pj, 0, pick_lo);
             const uint32_t b1 = __byte_perm(pj, 0, pick_hi);
@@ -500,10 +498,10 @@ PQ_DEVICE void values_128(float (&o)[N_O][4], WORD word, const lane_side & vl, u
 #pragma unroll
         for (int j = 0; j < N_SLOT / 2; j += 2) {
             uint32_t y[4][4];
-            lookup_v<TYPE, TABLE>(y[0], word(j),     vl);
-            lookup_v<TYPE, TABLE>(y[1], word(j + 8), vl);
-            lookup_v<TYPE, TABLE>(y[2], word(j + 1), vl);
-            lookup_v<TYPE, TABLE>(y[3], word(j + 9), vl);
+            lookup_v<TYPE, TABLE>(y[0], unit(j),     vl);
+            lookup_v<TYPE, TABLE>(y[1], unit(j + 8), vl);
+            lookup_v<TYPE, TABLE>(y[2], unit(j + 1), vl);
+            lookup_v<TYPE, TABLE>(y[3], unit(j + 9), vl);
             uint2 b[R / 2];
 #pragma unroll
             for (int r = 0; r < R / 2; r++) {
@@ -841,8 +839,8 @@ struct tile_source {
                 }
             }
         } else {
-            const uint32_t first = i * TILE_128 + pq_opaque(lane) / N;
-            const bool     later = STEP && one_line && lane % N >= 2;
+            const uint32_t first = i * TILE_128 + (uint32_t) pq_opaque((int) (threadIdx.x % PQ_WARP)) / N;
+            const bool     later = STEP && one_line && threadIdx.x % N >= 2;
 #pragma unroll
             for (int j = 0; j < N; j++) {
                 const uint8_t * src = pq_mad_wide(min(first + j * ROWS, (uint32_t) n_cell - 1), row_stride, lane_codes);
@@ -1307,12 +1305,12 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             vl.pick[i] = pq_keep(vl.pick[i], lane);
         }
         v_order = vl.order;
-        uint32_t v_at, v_next;
-        v_place<VT>(lane, v_tile + v_skip, &v_at, &v_next);
-        if (VT == PQ_TYPE_PQ3) {
-            v_next = pq_keep(v_next, lane); // or it is added up again for every word
+        uint32_t v_own, v_shared;
+        v_place<VT>(lane, v_tile + v_skip, &v_own, &v_shared);
+        if (VT == PQ_TYPE_PQ3 && R > 1) {
+            v_shared = pq_keep(v_shared, lane); // or it is added up again for every code; with one row it is not
         }
-        const k_place<KT> k_at(k_tile, k_skip, lane);
+        const uint32_t k_at = k_place<KT>(k_tile, k_skip, lane);
 
         uint32_t q[N_Q];
         const uint32_t * q_part = (const uint32_t *) q_map + 16 * t; // the lane's quarter, half2 of row 0
@@ -1377,7 +1375,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             if constexpr (R == 1) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    read_k_words<KT>(kw[i], k_at, i);
+                    read_k_words<KT>(kw[i], k_at, k_skip, i);
                 }
                 __syncwarp();
                 load_k(next);
@@ -1389,7 +1387,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
                         w[i] = kw[g8][i];
                     }
                 } else {
-                    read_k_words<KT>(w, k_at, g8);
+                    read_k_words<KT>(w, k_at, k_skip, g8);
                     if (g8 == 3) {
                         __syncwarp();
                         load_k(next);
@@ -1465,15 +1463,15 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             if (next >= 0) {
                 load_mask(next);
             }
-            auto v_word_of = [&](int j) {
-                const uint32_t w = read_v_word<VT>(v_at + j * V_BYTES / N_SLOT, v_next + j * V_BYTES / N_SLOT, vl);
+            auto v_unit_of = [&](int j) {
+                const v_unit c = read_v_unit<VT>(v_own + j * V_BYTES / N_SLOT, v_shared + j * V_BYTES / N_SLOT);
                 if (j == N_SLOT - 1) {
                     __syncwarp();
                     load_v(next);
                 }
-                return w;
+                return c;
             };
-            values_128<VT, V_TABLE, R>(o, v_word_of, vl, p, b_weights, lane);
+            values_128<VT, V_TABLE, R>(o, v_unit_of, vl, p, b_weights, lane);
             tile = next;
         }
         // every lane has counted its own cells

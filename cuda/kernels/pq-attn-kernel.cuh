@@ -119,9 +119,10 @@ struct lane_side {
     uint32_t pick[4];        // PRMT selectors
     int32_t  cell;           // which of a slot's cells
     int32_t  order;          // half2 i is at position i ^ order of the lane's four
-    int32_t  next_lane;      // pq3: the lane whose word follows this lane's
-    uint32_t select;         // pq3: PRMT selector of the lane's three codes in both
+    // pq3. Where codes lie in words, lanes load one each and hand them around; otherwise each loads its own, byte by byte.
     int32_t  bytewise;
+    uint32_t select;         // PRMT selector of the three codes in two words: that of codes of one subspace, and that of codes of two
+    uint32_t lanes;          // the lanes that have them, 5 bits each; then how far the last code is from the others, for who loads bytes
 };
 
 // element of a type known at compile time or run time
@@ -179,14 +180,12 @@ PQ_DEVICE void init_side(lane_side & s, const side_args & sa, int D, int lane) {
     if constexpr (TYPE == PQ_TYPE_PQ4) {
         s.data += 4 * l;
     } else if constexpr (TYPE == PQ_TYPE_PQ3) {
-        // Four lanes share three words: bytes 0, 3, 6 and 9 of them are the first of theirs.
-        s.bytewise  = sa.bytewise;
-        s.data     += s.bytewise ? 3 * l : 3 * l / 4 * 4;
-        s.next_lane = lane;
-        s.select    = s.bytewise ? 0x3210 : 0x3210 + 0x1111 * (3 * l % 4);
-        if (!s.bytewise && (l % 4 == 1 || l % 4 == 2)) {
-            s.next_lane = !IS_V || L == 32 ? lane + 1 : L == 16 ? (lane % 2 == 0 ? lane + 1 : lane + 3) : lane + 4;
-        }
+        // D / 8 lanes share 3 D / 32 words: two of them have their codes of one subspace in one, four their codes of two.
+        auto lane_of = [&](int word) { return !IS_V || L == 32 ? lane / L * L + word : L == 16 ? word / 2 * 4 + s.cell * 2 + word % 2 : word * 4 + s.cell; };
+        s.bytewise = sa.bytewise;
+        s.data += s.bytewise ? 2 * l : 4 * min(l, 3 * D / 32 - 1);
+        s.select = s.bytewise ? 0x3210 : l % 2 * 0x22 | (4 + l % 4) << 8 | 0x10;
+        s.lanes  = s.bytewise ? lane * 33 | (D / 4 - l) << 10 : lane_of(l / 2) | lane_of(D / 16 + l / 4) << 5;
     } else if constexpr (TYPE == PQ_TYPE_PQ2) {
         // 8-byte reads: each half of a warp has 16 pairs of banks
         const int rot2 = L == 8 ? s.cell % 2 : L == 16 ? (IS_V ? s.cell : l / 8) : l / 8 % 2;
@@ -284,7 +283,7 @@ PQ_DEVICE uint32_t load_word(const lane_side & s, const uint8_t * p) {
         return pq_load_stream_u16(p);
     } else if constexpr (TYPE == PQ_TYPE_PQ3) {
         if (s.bytewise) {
-            return (uint32_t) p[0] | (uint32_t) p[1] << 8 | (uint32_t) p[2] << 16;
+            return (uint32_t) p[0] | (uint32_t) p[1] << 8 | (uint32_t) p[s.lanes >> 10] << 16;
         }
     }
     return pq_load_stream_u32(p);
@@ -320,7 +319,8 @@ PQ_DEVICE void lookup(uint32_t (&y)[4], uint32_t w, const lane_side & s) {
             y[i] = pq_load_shared_u32<TABLE>(__byte_perm(w, s.low[i / 2], s.pick[i]));
         }
     } else if constexpr (TYPE == PQ_TYPE_PQ3) {
-        lookup<PQ_TYPE_PQ4, TABLE>(y, __byte_perm(w, __shfl_sync(PQ_FULL_WARP, w, s.next_lane), s.select), s);
+        const uint32_t own = __shfl_sync(PQ_FULL_WARP, w, s.lanes), shared = __shfl_sync(PQ_FULL_WARP, w, s.lanes >> 5); // counts lanes by 32
+        lookup<PQ_TYPE_PQ4, TABLE>(y, __byte_perm(own, shared, s.select), s);
     } else {
 #pragma unroll
         for (int i = 0; i < 2; i++) {

@@ -232,7 +232,7 @@ static side_args get_side_args(const pq_attn_side & s) {
         a.T_inv      = (uint32_t) l.T_inv;
         a.centroids  = (uint32_t) l.centroids;
         a.head_bytes = l.head_bytes;
-        // four lanes share three words: a head must begin at a word and have whole groups of four lanes
+        // lanes share words: a head must begin at a word and have whole words of both kinds of codes
         a.bytewise = s.type == PQ_TYPE_PQ3 && (((uintptr_t) s.data | s.row_stride | s.head_stride | s.stream_stride) % 4 != 0 || s.D % 32 != 0);
     }
     return a;

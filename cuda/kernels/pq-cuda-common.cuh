@@ -117,6 +117,12 @@ PQ_DEVICE uint2 pq_load_shared_u64(uint32_t address) {
 }
 
 // By absolute addresses.
+PQ_DEVICE uint32_t pq_shared_u8(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+
 PQ_DEVICE uint32_t pq_shared_u16(uint32_t address) {
     uint32_t x;
     asm volatile("ld.shared.u16 %0, [%1];" : "=r"(x) : "r"(address));

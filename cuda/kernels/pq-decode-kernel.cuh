@@ -38,20 +38,22 @@ struct pq_decode_args {
 };
 
 template <int TYPE> struct pq_decode_geom;
-template <> struct pq_decode_geom<PQ_TYPE_PQ4> { enum { DSUB = 2, UNIT_BYTES = 4 }; };
-template <> struct pq_decode_geom<PQ_TYPE_PQ3> { enum { DSUB = 2, UNIT_BYTES = 3 }; };
-template <> struct pq_decode_geom<PQ_TYPE_PQ2> { enum { DSUB = 4, UNIT_BYTES = 2 }; };
+template <> struct pq_decode_geom<PQ_TYPE_PQ4> { enum { DSUB = 2, OWN = 4 }; };
+template <> struct pq_decode_geom<PQ_TYPE_PQ3> { enum { DSUB = 2, OWN = 2 }; };
+template <> struct pq_decode_geom<PQ_TYPE_PQ2> { enum { DSUB = 4, OWN = 2 }; };
 
-// A unit is the codes of 8 elements.
-template <int TYPE>
-__device__ __forceinline__ uint32_t pq_decode_load_unit(const uint8_t * p) {
+// A unit is the codes of 8 elements: OWN bytes side by side, and for pq3 a shared one in the last third of the head.
+// Unit j of the head whose codes are p. ALIGNED: those of pq3 lie at a multiple of 2 bytes, as all others do.
+template <int TYPE, bool ALIGNED = false>
+__device__ __forceinline__ uint32_t pq_decode_load_unit(const uint8_t * p, int j, int D) {
     if (TYPE == PQ_TYPE_PQ4) {
-        return *(const uint32_t *) p;
+        return ((const uint32_t *) p)[j];
     }
-    if (TYPE == PQ_TYPE_PQ3) {
-        return (uint32_t) p[0] | (uint32_t) p[1] << 8 | (uint32_t) p[2] << 16;
+    if (TYPE == PQ_TYPE_PQ2) {
+        return ((const uint16_t *) p)[j];
     }
-    return *(const uint16_t *) p;
+    const uint32_t own = ALIGNED ? ((const uint16_t *) p)[j] : (uint32_t) p[2 * j] | (uint32_t) p[2 * j + 1] << 8;
+    return own | (uint32_t) p[D / 4 + j] << 16;
 }
 
 // 8 elements of y, from element 8 * j of the head on. table: f16 [M][PQ_KSUB][DSUB]
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_plain_kernel(cons
                 pq_decode_load_tail(s, source, head, j);
             continue;
         }
-        const uint32_t c = pq_decode_load_unit<TYPE>(codes + row * s.p.codes_row_stride + j * pq_decode_geom<TYPE>::UNIT_BYTES);
+        const uint32_t c = pq_decode_load_unit<TYPE>(codes + row * s.p.codes_row_stride, j, s.p.D);
         union { uint4 u; __half h[8]; } y;
         y.u = a.table_in_smem ? pq_decode_lookup<TYPE, false>(table, c, j) : pq_decode_lookup<TYPE, true>(centroids, c, j);
         float x[8];
@@ -164,7 +166,7 @@ constexpr int PQ_DECODE_Y_AHEAD  = 4; // rows of a thread
 constexpr int PQ_DECODE_Y_ROWS   = PQ_DECODE_Y_AHEAD * PQ_DECODE_THREADS / 16;
 constexpr int PQ_DECODE_Y_BLOCKS = 3; // of a multiprocessor: the tables leave room for no more
 
-template <int TYPE, bool WORDS /* pq3: codes lie at multiples of 4 bytes */>
+template <int TYPE, bool ALIGNED /* codes, at a multiple of 2 bytes */>
 __global__ void __launch_bounds__(PQ_DECODE_THREADS, PQ_DECODE_Y_BLOCKS) pq_decode_y_kernel(const __grid_constant__ pq_decode_args a) {
     extern __shared__ __align__(16) uint8_t pq_decode_smem[];
     __half * table = (__half *) pq_decode_smem;
@@ -176,20 +178,13 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS, PQ_DECODE_Y_BLOCKS) pq_deco
     pq_pdl_wait();
     pq_pdl_launch_next();
 
-    constexpr int UNIT = pq_decode_geom<TYPE>::UNIT_BYTES;
     const int j = threadIdx.x % 16, n_rows = (int) s.p.n_rows, step = gridDim.x * PQ_DECODE_Y_ROWS;
-    const uint8_t * codes = s.p.codes + head * s.codes_head_stride + (WORDS ? 3 * j / 4 * 4 : j * UNIT);
+    const uint8_t * codes = s.p.codes + head * s.codes_head_stride;
     uint8_t       * dst   = (uint8_t *) s.x_f16 + head * s.p.x_head_stride + j * 16;
-    const int next_word   = j % 4 == 1 || j % 4 == 2 ? 4 : 0; // pq3: three codes that go on in the next word
     auto load = [&](uint32_t (&c)[PQ_DECODE_Y_AHEAD], int row0) {
 #pragma unroll
         for (int i = 0; i < PQ_DECODE_Y_AHEAD; i++) {
-            const uint8_t * from = codes + (int64_t) min(row0 + 16 * i, n_rows - 1) * s.p.codes_row_stride;
-            if constexpr (WORDS) {
-                c[i] = __funnelshift_r(*(const uint32_t *) from, *(const uint32_t *) (from + next_word), 8 * (3 * j % 4));
-            } else {
-                c[i] = pq_decode_load_unit<TYPE>(from);
-            }
+            c[i] = pq_decode_load_unit<TYPE, ALIGNED>(codes + (int64_t) min(row0 + 16 * i, n_rows - 1) * s.p.codes_row_stride, j, 128);
         }
     };
     int row = blockIdx.x * PQ_DECODE_Y_ROWS + threadIdx.x / 16;
@@ -212,42 +207,52 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS, PQ_DECODE_Y_BLOCKS) pq_deco
     }
 }
 
-// Codes of a lane's units, as bytes that are loaded at once: the largest of 16, 4 and 1 that divides them. Where that is 1, unit by unit.
+// What the codes of a lane's units are a multiple of, in bytes, where they are loaded together.
 template <int TYPE, int U>
 __host__ __device__ constexpr int pq_decode_codes_align() {
-    constexpr int bytes = U * pq_decode_geom<TYPE>::UNIT_BYTES;
-    return bytes % 16 == 0 ? 16 : bytes % 4 == 0 ? 4 : 1;
+    return pq_decode_geom<TYPE>::OWN * U < 16 ? pq_decode_geom<TYPE>::OWN * U : 16;
 }
 
-// Units of a lane, which lie side by side. `n`: those that the head has
+// BYTES bytes that lie at a multiple of that, or of 16: 2, 4, 8, 16, ...
+template <int BYTES, int N>
+__device__ __forceinline__ void pq_decode_load_words(uint32_t (&w)[N], const uint8_t * p) {
+    static_assert(N == (BYTES + 3) / 4, "words");
+    if constexpr (BYTES == 2) {
+        w[0] = *(const uint16_t *) p;
+    } else if constexpr (BYTES == 4) {
+        w[0] = *(const uint32_t *) p;
+    } else if constexpr (BYTES == 8) {
+        const uint2 v = *(const uint2 *) p;
+        w[0] = v.x; w[1] = v.y;
+    } else {
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            const uint4 v = ((const uint4 *) p)[i];
+            w[4 * i] = v.x; w[4 * i + 1] = v.y; w[4 * i + 2] = v.z; w[4 * i + 3] = v.w;
+        }
+    }
+}
+
+// Units of a lane, which lie side by side, from unit `first` of the head whose codes are p. `n`: those that the head has
 template <int TYPE, int U, bool FULL>
-__device__ __forceinline__ void pq_decode_load_codes(uint32_t (&c)[U], const uint8_t * p, int n) {
-    constexpr int UNIT  = pq_decode_geom<TYPE>::UNIT_BYTES;
-    constexpr int WORDS = U * UNIT / 4;
-    constexpr int ALIGN = pq_decode_codes_align<TYPE, U>();
-    if constexpr (FULL && ALIGN > 1) {
-        uint32_t w[WORDS];
-        if constexpr (ALIGN == 16) {
-#pragma unroll
-            for (int i = 0; i < WORDS / 4; i++) {
-                const uint4 v = ((const uint4 *) p)[i];
-                w[4 * i] = v.x; w[4 * i + 1] = v.y; w[4 * i + 2] = v.z; w[4 * i + 3] = v.w;
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < WORDS; i++) {
-                w[i] = ((const uint32_t *) p)[i];
-            }
+__device__ __forceinline__ void pq_decode_load_codes(uint32_t (&c)[U], const uint8_t * p, int first, int n, int D) {
+    constexpr int OWN = pq_decode_geom<TYPE>::OWN;
+    if constexpr (FULL) {
+        uint32_t own[U * OWN / 4], shared[(U + 3) / 4];
+        pq_decode_load_words<U * OWN>(own, p + first * OWN);
+        if constexpr (TYPE == PQ_TYPE_PQ3) {
+            pq_decode_load_words<U>(shared, p + D / 4 + first);
         }
 #pragma unroll
-        for (int u = 0; u < U; u++) { // the bits above a unit's do not matter
-            const int bit = 8 * UNIT * u;
-            c[u] = bit % 32 + 8 * UNIT <= 32 ? w[bit / 32] >> bit % 32 : __funnelshift_r(w[bit / 32], w[bit / 32 + 1], bit % 32);
+        for (int u = 0; u < U; u++) { // of pq2 the bytes above a unit's do not matter
+            c[u] = TYPE == PQ_TYPE_PQ4 ? own[u] :
+                   TYPE == PQ_TYPE_PQ2 ? own[u / 2] >> u % 2 * 16 :
+                                         __byte_perm(own[u / 2], shared[u / 4], u % 2 * 0x22 | (4 + u % 4) << 8 | 0x10);
         }
     } else {
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            c[u] = FULL || u < n ? pq_decode_load_unit<TYPE>(p + u * UNIT) : 0;
+            c[u] = u < n ? pq_decode_load_unit<TYPE>(p, first + u, D) : 0;
         }
     }
 }
@@ -293,7 +298,7 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS, U <= 4 ? 2 : 1) pq_decode_k
     const int  n_mine   = FULL ? U : min(U, D / 8 - t * U); // units of this lane, may be negative
     const uint8_t * block     = s.p.codebook + (size_t) head * layout.head_bytes;
     const __half  * centroids = (const __half *) (block + layout.centroids);
-    const uint8_t * codes     = s.p.codes + head * s.codes_head_stride + t * (U * pq_decode_geom<TYPE>::UNIT_BYTES);
+    const uint8_t * codes     = s.p.codes + head * s.codes_head_stride;
 
     pq_pdl_wait();
     pq_pdl_launch_next();
@@ -375,7 +380,7 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS, U <= 4 ? 2 : 1) pq_decode_k
             for (int i = 0; i < 4; i++) {
                 const int row = g + 8 * i;
                 const int64_t from = row0 + (coded >> row & 1 ? row : __ffs(coded) - 1); // any codes will do where none are needed
-                pq_decode_load_codes<TYPE, U, FULL>(c[i], codes + from * s.p.codes_row_stride, n_mine);
+                pq_decode_load_codes<TYPE, U, FULL>(c[i], codes + from * s.p.codes_row_stride, t * U, n_mine, D);
             }
 #pragma unroll
             for (int u = 0; u < U; u++) {

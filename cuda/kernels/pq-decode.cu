@@ -27,8 +27,7 @@ static decode_shape get_shape(int D, bool f16, uintptr_t codes) {
 template <int TYPE>
 static decode_shape get_shape(int D, bool has_transform, bool in_code_space, bool f16, uintptr_t codes) {
     if (in_code_space) {
-        constexpr bool WORDS = TYPE == PQ_TYPE_PQ3;
-        return { codes % 4 == 0 ? pq_decode_y_kernel<TYPE, WORDS> : pq_decode_y_kernel<TYPE, false>, 1, D, 0, PQ_DECODE_Y_ROWS, PQ_DECODE_Y_BLOCKS };
+        return { codes % 2 == 0 ? pq_decode_y_kernel<TYPE, true> : pq_decode_y_kernel<TYPE, TYPE != PQ_TYPE_PQ3>, 1, D, 0, PQ_DECODE_Y_ROWS, PQ_DECODE_Y_BLOCKS };
     }
     if (!has_transform) {
         return { pq_decode_plain_kernel<TYPE>, 1, D, 0, 1, 2 };
@@ -42,7 +41,7 @@ static cudaError_t check(const pq_cuda_decode_side & s) {
     if (!pq_head_size_ok(s.p.D) || s.p.type >= PQ_TYPE_COUNT || (s.row_source && !s.x_f16) || (s.in_code_space && (s.p.D != 128 || !s.x_f16 || s.row_source))) {
         return cudaErrorInvalidValue;
     }
-    // rows are stored in pieces of 16 bytes; the codes of 8 elements are one load, but for pq3, whose 3 bytes lie anywhere
+    // rows are stored in pieces of 16 bytes; the codes of 8 elements are one load, but for pq3, whose codes lie anywhere
     const uintptr_t dst       = (uintptr_t) (s.x_f16 ? (void *) s.x_f16 : (void *) s.p.x) | s.p.x_row_stride | s.p.x_head_stride;
     const uintptr_t tail      = s.row_source ? (uintptr_t) s.tail | s.tail_row_stride | s.tail_head_stride : 0;
     const uintptr_t src       = (uintptr_t) s.p.codes | s.p.codes_row_stride | s.codes_head_stride;

@@ -50,15 +50,19 @@ template <int DIMS_, int DSUB_> struct pq_encode_kind {
     static __host__ __device__ constexpr int element(int c, int e) { return e / DSUB * (PQ_KSUB * DSUB) + c * DSUB + e % DSUB; }
 };
 typedef pq_encode_kind<2, 2> pq_encode_pair;        // pq4, and two of three codes of pq3
-typedef pq_encode_kind<4, 2> pq_encode_shared;      // the third
+typedef pq_encode_kind<4, 2> pq_encode_shared;      // the others of pq3
 typedef pq_encode_kind<4, 4> pq_encode_four;        // pq2
 
-// Codes of a strip: each stands for the elements from place() on.
+// Codes of a strip, the shared ones last, as they lie in the cache: each stands for the elements from place() on.
 template <int TYPE> struct pq_encode_geom {
-    static constexpr int N_CODES = PQ_ENCODE_STRIP / (TYPE == PQ_TYPE_PQ2 ? 4 : 2) * (TYPE == PQ_TYPE_PQ3 ? 3 : 4) / 4;
+    static constexpr int N_SHARED = TYPE == PQ_TYPE_PQ3 ? PQ_ENCODE_STRIP / 8 : 0;
+    static constexpr int N_OWN    = (PQ_ENCODE_STRIP - 4 * N_SHARED) / (TYPE == PQ_TYPE_PQ2 ? 4 : 2);
+    static constexpr int N_CODES  = N_OWN + N_SHARED;
+
+    static __host__ __device__ constexpr bool is_shared(int code) { return code >= N_OWN; }
 
     static __host__ __device__ constexpr int place(int code) {
-        return TYPE == PQ_TYPE_PQ4 ? 2 * code : TYPE == PQ_TYPE_PQ2 ? 4 * code : code / 3 * 8 + code % 3 * 2;
+        return TYPE == PQ_TYPE_PQ4 ? 2 * code : TYPE == PQ_TYPE_PQ2 ? 4 * code : is_shared(code) ? (code - N_OWN) * 8 + 4 : code / 2 * 8 + code % 2 * 2;
     }
 };
 
@@ -87,22 +91,25 @@ __device__ __forceinline__ __half pq_encode_load_x(const pq_encode_params & p, i
     return p.x_f16 ? ((const __half *) x)[i] : __float2half_rn(((const float *) x)[i]);
 }
 
-template <int DSUB>
-__device__ __forceinline__ float pq_encode_distance(const float (&y)[DSUB], const float (&c)[DSUB]) {
-    float d = __fsub_rn(y[0], c[0]);
-    d = __fmul_rn(d, d);
+// before: what other elements of the code have come to, whose squares are added up first
+template <int DIMS>
+__device__ __forceinline__ float pq_encode_distance(const float (&y)[DIMS], const float (&c)[DIMS], float before = 0.0f) {
+    float d = before;
 #pragma unroll
-    for (int e = 1; e < DSUB; e++) {
+    for (int e = 0; e < DIMS; e++) {
         const float d_e = __fsub_rn(y[e], c[e]);
         d = __fadd_rn(d, __fmul_rn(d_e, d_e));
     }
     return d;
 }
 
-// Where the codes of a strip go.
+// Where a code of a strip goes.
 template <int TYPE>
-__device__ __forceinline__ uint8_t * pq_encode_codes(const pq_encode_side & side, int64_t cell, int head, int col0) {
-    return side.p.codes + cell * side.p.codes_row_stride + head * side.head_bytes + col0 / PQ_ENCODE_STRIP * pq_encode_geom<TYPE>::N_CODES;
+__device__ __forceinline__ uint8_t * pq_encode_code(const pq_encode_side & side, int64_t cell, int head, int col0, int code) {
+    typedef pq_encode_geom<TYPE> G;
+    uint8_t * codes = side.p.codes + cell * side.p.codes_row_stride + head * side.head_bytes;
+    const int strip = col0 / PQ_ENCODE_STRIP;
+    return codes + code + (G::is_shared(code) ? side.p.D / 4 - G::N_OWN + strip * G::N_SHARED : strip * G::N_OWN);
 }
 
 __device__ __forceinline__ void pq_encode_store_tail(const pq_encode_params & p, int head, int i, int64_t row, __half x) {
@@ -130,8 +137,9 @@ template <int TYPE>
 __device__ __forceinline__ pq_encode_share pq_encode_get_share(int tid) {
     pq_encode_share s;
     if constexpr (TYPE == PQ_TYPE_PQ3) { // half of the threads for either kind
-        s.shared = tid >= PQ_ENCODE_FEW_THREADS / 2;
-        s.code   = s.shared ? (tid / 16 - 4) * 3 + 2 : tid / 16 * 3 + tid / 8 % 2;
+        constexpr int HALF = PQ_ENCODE_FEW_THREADS / 2;
+        s.shared = tid >= HALF;
+        s.code   = s.shared ? pq_encode_geom<TYPE>::N_OWN + (tid - HALF) / 16 : tid / 8;
         s.lane   = s.shared ? tid % 16 : tid % 8;
     } else {
         constexpr int LANES = TYPE == PQ_TYPE_PQ4 ? 8 : 16;
@@ -170,64 +178,66 @@ __device__ __forceinline__ float pq_encode_map(const float * x, const __half (*T
     return y;
 }
 
-// The nearest centroid to elements y of a row, in all threads that share the code. get(i): load i of the thread's share
-template <class KIND, int UNROLL, class GET>
-__device__ __forceinline__ int pq_encode_search_kind(const float * y, GET get, int tid) {
-    constexpr int LANES = 4 * KIND::DIMS; // see pq_encode_share
-    constexpr int PER   = 8 / KIND::DSUB; // centroids of a load
-    const int lane = tid % LANES;
-    float y_code[KIND::DIMS];
+// The nearest centroid to the elements of a code, in all threads that share it. y: of the strip; get(i): load i of the thread's share
+// pq3: one loop for both kinds of codes, which takes two loads at a time: of two lots of pairs, or both tables of the same four elements. As two loops it
+// would be half as much code again, and code that runs once per step comes from memory.
+template <int TYPE, int UNROLL, class GET>
+__device__ __forceinline__ int pq_encode_search(const float * y, const pq_encode_share & share, GET get, int tid) {
+    constexpr int  DSUB   = TYPE == PQ_TYPE_PQ2 ? 4 : 2;
+    constexpr bool MIXED  = TYPE == PQ_TYPE_PQ3;
+    constexpr int  PER    = 8 / DSUB; // centroids of a load
+    const int  lanes  = MIXED ? share.shared ? 16 : 8 : 4 * DSUB; // see pq_encode_share
+    const bool shared = MIXED && share.shared;
+    float y_first[DSUB], y_second[DSUB]; // of a pair of loads
 #pragma unroll
-    for (int e = 0; e < KIND::DIMS; e++) {
-        y_code[e] = y[e];
+    for (int e = 0; e < DSUB; e++) {
+        y_first[e]  = y[share.place + e];
+        y_second[e] = y[share.place + e + (shared ? DSUB : 0)];
     }
     float best  = INFINITY;
-    int   index = 0;
-#pragma unroll UNROLL
-    for (int i = 0; i < PQ_ENCODE_FEW_LOADS / KIND::TABLES; i++) {
-        uint4 load[KIND::TABLES];
+    int   index = 0; // of those that the thread looks at
+    auto take = [&](float d, int i) {
+        if (d < best) {
+            best  = d;
+            index = i;
+        }
+    };
+    auto distance = [&](const float (&y_code)[DSUB], const uint4 & load, int j, float before) {
+        float c[DSUB];
 #pragma unroll
-        for (int j = 0; j < KIND::TABLES; j++) {
-            load[j] = get(i * KIND::TABLES + j);
+        for (int e = 0; e < DSUB; e++) {
+            c[e] = __half2float(((const __half *) &load)[j * DSUB + e]);
+        }
+        return pq_encode_distance<DSUB>(y_code, c, before);
+    };
+#pragma unroll (UNROLL / 2)
+    for (int i = 0; i < PQ_ENCODE_FEW_LOADS; i += 2) {
+        const uint4 load[2] = { get(i), get(i + 1) };
+        float first[PER];
+#pragma unroll
+        for (int j = 0; j < PER; j++) {
+            first[j] = distance(y_first, load[0], j, 0.0f);
+            if (!shared) {
+                take(first[j], i * PER + j);
+            }
         }
 #pragma unroll
         for (int j = 0; j < PER; j++) {
-            float c[KIND::DIMS];
-#pragma unroll
-            for (int e = 0; e < KIND::DIMS; e++) {
-                c[e] = __half2float(((const __half *) &load[e / KIND::DSUB])[j * KIND::DSUB + e % KIND::DSUB]);
-            }
-            const float d = pq_encode_distance<KIND::DIMS>(y_code, c);
-            if (d < best) {
-                best  = d;
-                index = (i * LANES + lane) * PER + j;
-            }
+            take(distance(y_second, load[1], j, shared ? first[j] : 0.0f), (shared ? i / 2 : i + 1) * PER + j);
         }
     }
-    const unsigned mask = ((1u << LANES) - 1) << (tid & (32 - LANES));
-#pragma unroll
-    for (int o = LANES / 2; o > 0; o /= 2) {
-        const float other_best  = __shfl_xor_sync(mask, best,  o, LANES);
-        const int   other_index = __shfl_xor_sync(mask, index, o, LANES);
+    index = (index / PER * lanes + share.lane) * PER + index % PER;
+    const unsigned mask = ((1u << lanes) - 1) << (tid & (32 - lanes));
+#pragma unroll 1
+    for (int o = lanes / 2; o > 0; o /= 2) {
+        const float other_best  = __shfl_xor_sync(mask, best,  o);
+        const int   other_index = __shfl_xor_sync(mask, index, o);
         if (other_best < best || (other_best == best && other_index < index)) {
             best  = other_best;
             index = other_index;
         }
     }
     return index;
-}
-
-// y: of the strip
-template <int TYPE, int UNROLL, class GET>
-__device__ __forceinline__ int pq_encode_search(const float * y, const pq_encode_share & share, GET get, int tid) {
-    if constexpr (TYPE == PQ_TYPE_PQ2) {
-        return pq_encode_search_kind<pq_encode_four, UNROLL>(y + share.place, get, tid);
-    } else {
-        if (TYPE == PQ_TYPE_PQ3 && share.shared) {
-            return pq_encode_search_kind<pq_encode_shared, UNROLL == 1 ? 1 : UNROLL / 2>(y + share.place, get, tid);
-        }
-        return pq_encode_search_kind<pq_encode_pair, UNROLL>(y + share.place, get, tid);
-    }
 }
 
 // ---- a kernel of its own: one block, one strip ----
@@ -304,10 +314,11 @@ __device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, i
     }
     __syncthreads();
 
-    const int n_codes = n_cols * G::N_CODES / PQ_ENCODE_STRIP;
-    for (int i = tid; i < n_rows * n_codes; i += PQ_ENCODE_FEW_THREADS) {
-        const int r = i / n_codes, b = i % n_codes;
-        pq_encode_codes<TYPE>(side, s.cell[r], head, col0)[b] = s.codes[r][b];
+    for (int i = tid; i < n_rows * G::N_CODES; i += PQ_ENCODE_FEW_THREADS) {
+        const int r = i / G::N_CODES, code = i % G::N_CODES;
+        if (G::place(code) < n_cols) {
+            *pq_encode_code<TYPE>(side, s.cell[r], head, col0, code) = s.codes[r][code];
+        }
     }
 }
 

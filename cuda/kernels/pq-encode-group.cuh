@@ -198,7 +198,7 @@ __device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, int n_
         }
         pq_copy_commit();
         if (tid / N_CODES < n_rows) {
-            pq_encode_codes<TYPE>(side, cell, u.head, u.col0)[tid % N_CODES] = s.codes[code_row][tid % N_CODES];
+            *pq_encode_code<TYPE>(side, cell, u.head, u.col0, tid % N_CODES) = s.codes[code_row][tid % N_CODES];
         }
         unit = next;
         if (!more) {

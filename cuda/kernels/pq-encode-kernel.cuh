@@ -194,22 +194,21 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
 template <int TYPE, int D_STEPS>
 __device__ __forceinline__ void pq_encode_tile_store(const pq_encode_side & side, int head, int col0, int n_cols, int n_rows,
                                                      const pq_encode_tile_smem<D_STEPS> & s) {
-    constexpr int N_CODES = pq_encode_geom<TYPE>::N_CODES;
-    constexpr int WORDS   = N_CODES / 4;
-    const pq_encode_params & p = side.p;
-    uint8_t * const dst    = pq_encode_codes<TYPE>(side, 0, head, col0);
-    const int64_t   stride = (int64_t) p.codes_row_stride;
-    if (n_cols == PQ_ENCODE_STRIP && ((uintptr_t) dst | (uintptr_t) stride) % sizeof(uint32_t) == 0) {
+    typedef pq_encode_geom<TYPE> G;
+    constexpr int WORDS = G::N_CODES / 4; // of one kind of codes each
+    static_assert(G::N_OWN % 4 == 0 && G::N_SHARED % 4 == 0, "whole words");
+    const uintptr_t places = (uintptr_t) pq_encode_code<TYPE>(side, 0, head, col0, 0) | (uintptr_t) pq_encode_code<TYPE>(side, 0, head, col0, G::N_CODES - 4);
+    if (n_cols == PQ_ENCODE_STRIP && (places | side.p.codes_row_stride) % sizeof(uint32_t) == 0) {
         for (int i = threadIdx.x; i < n_rows * WORDS; i += PQ_ENCODE_THREADS) {
-            *(uint32_t *) (dst + s.cell[i / WORDS] * stride + i % WORDS * 4) = s.codes[i];
+            *(uint32_t *) pq_encode_code<TYPE>(side, s.cell[i / WORDS], head, col0, i % WORDS * 4) = s.codes[i];
         }
         return;
     }
-    const int n_codes = n_cols * N_CODES / PQ_ENCODE_STRIP;
-    for (int i = threadIdx.x; i < n_rows * n_codes; i += PQ_ENCODE_THREADS) {
-        const int r = i / n_codes;
-        const int b = i % n_codes;
-        dst[s.cell[r] * stride + b] = ((const uint8_t *) s.codes)[r * N_CODES + b];
+    for (int i = threadIdx.x; i < n_rows * G::N_CODES; i += PQ_ENCODE_THREADS) {
+        const int code = i % G::N_CODES;
+        if (G::place(code) < n_cols) {
+            *pq_encode_code<TYPE>(side, s.cell[i / G::N_CODES], head, col0, code) = ((const uint8_t *) s.codes)[i];
+        }
     }
 }
 
@@ -280,10 +279,10 @@ __device__ __forceinline__ void pq_encode_codes_of_warp(int warp, F f) {
     } else if constexpr (TYPE == PQ_TYPE_PQ2) {
         f(pq_encode_four{}, first{}, warp);
     } else if (warp < 4) {
-        f(pq_encode_shared{}, first{}, 3 * warp + 2);
+        f(pq_encode_shared{}, first{}, pq_encode_geom<TYPE>::N_OWN + warp);
     } else {
-        f(pq_encode_pair{}, first{},  3 * (warp - 4));
-        f(pq_encode_pair{}, second{}, 3 * (warp - 4) + 1);
+        f(pq_encode_pair{}, first{},  2 * (warp - 4));
+        f(pq_encode_pair{}, second{}, 2 * (warp - 4) + 1);
     }
 }
 
@@ -558,7 +557,7 @@ __device__ __noinline__ void pq_encode_tile_exact(const pq_encode_params & p, co
     int index;
     if constexpr (TYPE == PQ_TYPE_PQ2) {
         index = pq_encode_tile_exact_of<pq_encode_four>(p, h, col0, row, place, s);
-    } else if (TYPE == PQ_TYPE_PQ3 && code % 3 == 2) {
+    } else if (TYPE == PQ_TYPE_PQ3 && G::is_shared(code)) {
         index = pq_encode_tile_exact_of<pq_encode_shared>(p, h, col0, row, place, s);
     } else {
         index = pq_encode_tile_exact_of<pq_encode_pair>(p, h, col0, row, place, s);

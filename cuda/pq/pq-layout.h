@@ -51,12 +51,15 @@ static inline struct pq_spec pq_get_spec(enum pq_type type) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Codes of one head: `codes: u8 [pq_head_bytes]`, in the order of the subspaces. pq4 and pq2: byte m is the code of
-// subspace m. pq3: bytes 3u, 3u + 1 and 3u + 2 are the codes of subspaces 4u, 4u + 1, and of both 4u + 2 and 4u + 3.
+// Codes of one head: `codes: u8 [pq_head_bytes]`. pq4 and pq2: byte m is the code of subspace m. pq3: first the codes of
+// one subspace, then those that two share: bytes 2u and 2u + 1 are the codes of subspaces 4u and 4u + 1, and byte D / 4 + u
+// that of both 4u + 2 and 4u + 3. So a kernel finds codes of a kind side by side, in words.
 //
 // The cache of one layer is `codes: u8 [n_stream][kv_size][n_head_kv][pq_head_bytes]`, in the place where an
 // f16 cache has [n_stream][kv_size][n_head_kv][D] halves.
 // ---------------------------------------------------------------------------------------------------------
+
+#define PQ_CODE_ORDER 2u // version of this order: states that are saved have codes, and are refused where it is another. 1: pq3 had no runs of one kind
 
 static inline int32_t pq_n_subspaces(enum pq_type type, int32_t D) { // M
     return D / pq_get_spec(type).dsub;
@@ -72,12 +75,12 @@ static inline int pq_head_size_ok(int32_t D) {
     return D >= 8 && D <= PQ_MAX_D && D % 8 == 0;
 }
 
-static inline int32_t pq_code_index(enum pq_type type, int32_t m) { // which byte is the code of subspace m
-    return type == PQ_TYPE_PQ3 ? m / 4 * 3 + (m % 4 < 2 ? m % 4 : 2) : m;
+static inline int32_t pq_code_index(enum pq_type type, int32_t D, int32_t m) { // which byte is the code of subspace m
+    return type != PQ_TYPE_PQ3 ? m : m % 4 < 2 ? m / 4 * 2 + m % 4 : D / 4 + m / 4;
 }
 
-static inline uint32_t pq_code_get(enum pq_type type, const uint8_t * codes, int32_t m) {
-    return codes[pq_code_index(type, m)];
+static inline uint32_t pq_code_get(enum pq_type type, int32_t D, const uint8_t * codes, int32_t m) {
+    return codes[pq_code_index(type, D, m)];
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <ctime>
 #include <limits>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -93,12 +94,12 @@ static const char * type_names[] = { "pq4", "pq3", "pq2", "f16" };
 static const int bits_per_element[] = { 4, 3, 2 };
 
 // The subspaces of code j: said once more, so that pq-layout.h has something to be compared with.
-static std::vector<int> subspaces_of(pq_type type, int j) {
+static std::vector<int> subspaces_of(pq_type type, int D, int j) {
     if (type != PQ_TYPE_PQ3) {
         return { j };
     }
-    const int m = j / 3 * 4;
-    return j % 3 == 2 ? std::vector<int>{ m + 2, m + 3 } : std::vector<int>{ m + j % 3 };
+    const int n_single = D / 8 * 2, u = j < n_single ? j / 2 : j - n_single; // of every 8 elements
+    return j < n_single ? std::vector<int>{ 4 * u + j % 2 } : std::vector<int>{ 4 * u + 2, 4 * u + 3 };
 }
 
 struct codebook {
@@ -120,7 +121,7 @@ struct codebook {
         const pq_spec s = pq_get_spec(type);
         for (int m = 0; m < D / s.dsub; m++) {
             for (int e = 0; e < s.dsub; e++) {
-                y[m * s.dsub + e] = f16_value(centroids(h)[((size_t) m * PQ_KSUB + pq_code_get(type, codes, m)) * s.dsub + e]);
+                y[m * s.dsub + e] = f16_value(centroids(h)[((size_t) m * PQ_KSUB + pq_code_get(type, D, codes, m)) * s.dsub + e]);
             }
         }
     }
@@ -288,14 +289,15 @@ static void test_codebook() {
         for (int D : { 8, 24, 64, 128, 256 }) {
             const int n_codes = (int) pq_head_bytes((pq_type) type, D);
             check(n_codes == D * bits_per_element[type] / 8, "%d codes of %s, D %d", n_codes, type_names[type], D);
-            int n_subspaces = 0;
+            std::set<int> subspaces;
             for (int j = 0; j < n_codes; j++) {
-                for (int m : subspaces_of((pq_type) type, j)) {
-                    check(m == n_subspaces++ && pq_code_index((pq_type) type, m) == j, "subspace %d of %s has code %d, needs %d", m,
-                          type_names[type], pq_code_index((pq_type) type, m), j);
+                for (int m : subspaces_of((pq_type) type, D, j)) {
+                    check(subspaces.insert(m).second && pq_code_index((pq_type) type, D, m) == j, "subspace %d of %s has code %d, needs %d", m,
+                          type_names[type], pq_code_index((pq_type) type, D, m), j);
                 }
             }
-            check(n_subspaces == pq_n_subspaces((pq_type) type, D), "%d subspaces of %s have a code, D %d", n_subspaces, type_names[type], D);
+            check((int) subspaces.size() == pq_n_subspaces((pq_type) type, D) && *subspaces.rbegin() == (int) subspaces.size() - 1,
+                  "%zu subspaces of %s have a code, D %d", subspaces.size(), type_names[type], D);
             for (bool transform : { false, true }) {
                 const codebook cb = make_codebook((pq_type) type, D, 2, transform, 7 + D);
                 for (int h = 0; transform && h < 2; h++) {
@@ -407,7 +409,7 @@ static int code_in_floats(const codebook & cb, int h, int j, const float * y) {
     int   code = 0;
     for (int k = 0; k < PQ_KSUB; k++) {
         volatile float dist = 0.0f, square; // keep the compiler from fusing
-        for (int m : subspaces_of(cb.type, j)) {
+        for (int m : subspaces_of(cb.type, cb.D, j)) {
             for (int e = 0; e < dsub; e++) {
                 const float v = y[m * dsub + e] - (float) f16_value(cb.centroids(h)[((size_t) m * PQ_KSUB + k) * dsub + e]);
                 square = v * v;
@@ -431,7 +433,7 @@ static void test_encode_order() {
         memset(cb.blocks.data() + cb.layout().mu, 0, (size_t) D * 4);
         uint16_t * centroids = (uint16_t *) (cb.blocks.data() + cb.layout().centroids);
         for (int j = 0; j < n_codes; j++) {
-            const std::vector<int> sub = subspaces_of((pq_type) type, j);
+            const std::vector<int> sub = subspaces_of((pq_type) type, D, j);
             const int n = (int) sub.size() * dsub;
             auto at = [&](int k, int e) -> uint16_t & { return centroids[((size_t) sub[e / dsub] * PQ_KSUB + k) * dsub + e % dsub]; };
             for (int k = 0; k < PQ_KSUB / 2; k++) {
@@ -490,7 +492,7 @@ static void test_encode_decode() {
                     f = r.normal() * 1.5f;
                 }
                 for (int d = 0; d < D; d++) { // row 0 stands on centroids when there is no transform
-                    const int m = d / spec.dsub, k = pq_code_index((pq_type) type, m);
+                    const int m = d / spec.dsub, k = pq_code_index((pq_type) type, D, m);
                     x[d] = cb.mu(0)[d] + (float) f16_value(cb.centroids(0)[((size_t) m * PQ_KSUB + k) * spec.dsub + d % spec.dsub]);
                 }
                 // the last row: at and around the ends of f16, and halfway between halves
@@ -581,7 +583,7 @@ static void test_encode_decode() {
                             y32[a] = transform ? y32[a] : c32;
                         }
                         for (int j = 0; j < n_codes; j++) {
-                            const std::vector<int> sub = subspaces_of((pq_type) type, j);
+                            const std::vector<int> sub = subspaces_of((pq_type) type, D, j);
                             auto centroid = [&](int m, int k) { return cb.centroids(h) + ((size_t) m * PQ_KSUB + k) * spec.dsub; };
                             double dist[PQ_KSUB], best = INFINITY;
                             for (int k = 0; k < PQ_KSUB; k++) {

@@ -485,7 +485,7 @@ static void test_lookup(pq_type type, int n_head_kv, int n_rows, bool heads_apar
                 const uint8_t * c = codes[i].data() + shift + r * s[i].p.codes_row_stride + h * s[i].codes_head_stride;
                 for (int e = 0; e < 128; e++) {
                     const int m = e / spec.dsub;
-                    differ += got[((size_t) h * n_rows + r) * 128 + e] != centroids[(m * PQ_KSUB + pq_code_get(type, c, m)) * spec.dsub + e % spec.dsub];
+                    differ += got[((size_t) h * n_rows + r) * 128 + e] != centroids[(m * PQ_KSUB + pq_code_get(type, 128, c, m)) * spec.dsub + e % spec.dsub];
                 }
             }
         }

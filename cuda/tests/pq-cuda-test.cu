@@ -419,7 +419,7 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
                     const uint8_t * row = k.row(s, i, hk);
                     double x = q_mu;
                     for (int m = 0; m < M_k; m++) {
-                        x += lut[(size_t) m * PQ_KSUB + pq_code_get(k.type, row, m)];
+                        x += lut[(size_t) m * PQ_KSUB + pq_code_get(k.type, k.D, row, m)];
                     }
                     for (int d = 0; d < c.D && !k.coded(); d++) {
                         x += qr[d] * from_f16(((const uint16_t *) row)[d]);
@@ -451,7 +451,7 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
                     coded += w;
                     const uint8_t * row = v.row(s, i, hk);
                     for (int m = 0; m < M_v; m++) {
-                        const double * y = &cv[((size_t) m * PQ_KSUB + pq_code_get(v.type, row, m)) * sv.dsub];
+                        const double * y = &cv[((size_t) m * PQ_KSUB + pq_code_get(v.type, v.D, row, m)) * sv.dsub];
                         for (int e = 0; e < sv.dsub; e++) {
                             o[m * sv.dsub + e] += w * y[e];
                         }

@@ -497,7 +497,7 @@ struct llama_million_state { // a friend of llama_kv_cache
         uint64_t fingerprint = 0;
         io.read(&fingerprint, sizeof(fingerprint));
         if (fingerprint != codebooks_fingerprint(kv)) {
-            LLAMA_LOG_ERROR("%s: the state has codes of other codebooks than this model: load the file it was saved with\n", __func__);
+            LLAMA_LOG_ERROR("%s: the state has codes of other codebooks than this model, or in the order of another version: load the file it was saved with, or make the state anew\n", __func__);
             return false;
         }
         uint32_t n = 0;
@@ -541,9 +541,9 @@ struct llama_million_state { // a friend of llama_kv_cache
     }
 
 private:
-    // Tells codebooks apart: hashes the header of each blob, which has the checksum of its payload.
+    // Tells codebooks apart: hashes the header of each blob, which has the checksum of its payload, and the order of codes in a row.
     static uint64_t codebooks_fingerprint(const llama_kv_cache & kv) {
-        uint64_t h = 0xcbf29ce484222325ull;
+        uint64_t h = 0xcbf29ce484222325ull ^ PQ_CODE_ORDER;
         for (const auto & layer : kv.layers) {
             for (const bool is_v : { false, true }) {
                 const ggml_tensor * t = is_v ? layer.v : layer.k;
