@@ -1445,38 +1445,138 @@ void attn_item(const pq_attn_params * p, int64_t item, void * partials, void * s
 
 // ---- k-means ----
 
+// Nearest centroids of R * V::N points, one per lane, by the score |c|^2 / 2 - x.c, which takes one operation per element where the distance
+// takes two or three. Centroids come in groups of V::N; a point gets the group with the least score, and a bound: where one
+// score of the group is within it and no other, that centroid is the one that nearest() finds. Infinity: another group may have it.
+//
+// The bound is what rounding can do. With u = 2^-24 and r = |x| + max |c|, a score is off by at most 2 DSUB u r^2 / 2, and half a distance,
+// as nearest() sums it, by (DSUB + 2) u r^2 / 2. Each counts twice; two more u are for terms of second order, and 2^-126 is for subnormals.
+//
+// x f32 [DSUB][R * V::N]; centroids f32 [n_groups * V::N][DSUB + 1], the last element being |c|^2 / 2; group, bound f32 [R * V::N]
+template <int DSUB, int R>
+PQ_INLINE void nearest_groups(const float * x, const float * centroids, int64_t n_groups, float c_max, float * group, float * bound) {
+    V::T minus_x[R][DSUB], best[R], second[R], index[R];
+    PQ_UNROLL
+    for (int r = 0; r < R; r++) {
+        best[r]  = second[r] = V::set1(INFINITY);
+        index[r] = V::zero();
+        PQ_UNROLL
+        for (int e = 0; e < DSUB; e++) {
+            minus_x[r][e] = V::sub(V::zero(), V::load(x + (e * R + r) * V::N));
+        }
+    }
+    for (int64_t g = 0; g < n_groups; g++) {
+        V::T least[R];
+        PQ_UNROLL
+        for (int r = 0; r < R; r++) {
+            least[r] = V::set1(INFINITY);
+        }
+        PQ_NO_UNROLL // else the points do not stay in registers
+        for (int c = 0; c < V::N; c++, centroids += DSUB + 1) {
+            PQ_UNROLL
+            for (int r = 0; r < R; r++) {
+                V::T score = V::set1(centroids[DSUB]);
+                PQ_UNROLL
+                for (int e = 0; e < DSUB; e++) {
+                    score = V::madd(minus_x[r][e], V::set1(centroids[e]), score);
+                }
+                least[r] = V::min(score, least[r]); // keeps `least` when the score is NaN
+            }
+        }
+        PQ_UNROLL
+        for (int r = 0; r < R; r++) {
+            second[r] = V::min(second[r], V::max(best[r], least[r]));
+            index[r]  = V::if_lt(least[r], best[r], V::set1((float) g), index[r]);
+            best[r]   = V::min(best[r], least[r]);
+        }
+    }
+    PQ_UNROLL
+    for (int r = 0; r < R; r++) {
+        V::T r2 = V::set1(c_max);
+        PQ_UNROLL
+        for (int e = 0; e < DSUB; e++) {
+            r2 = V::madd(minus_x[r][e], minus_x[r][e], r2);
+        }
+        r2 = V::add(r2, r2); // (|x| + max |c|)^2 <= 2 (|x|^2 + max |c|^2)
+        const V::T limit = V::add(best[r], V::madd(r2, V::set1((3 * DSUB + 4) * 0x1p-24f), V::set1(0x1p-126f)));
+        V::store(bound + r * V::N, V::if_lt(limit, second[r], limit, V::set1(INFINITY)));
+        V::store(group + r * V::N, index[r]);
+    }
+}
+
 template <int DSUB>
 double kmeans_assign_dsub(const float * x, int64_t n, int64_t x_stride, const float * centroids, int32_t ksub, uint8_t * codes,
                           double * sums, int64_t * counts) {
-    float soa[DSUB * PQ_KSUB];
-    const int64_t k_pad = pq_round_up(ksub, V::N);
-    for (int64_t c = 0; c < k_pad; c++) {
+    constexpr int R      = 8 / DSUB; // of AVX2's 16 registers 8 hold points, R minima, and the others a centroid
+    constexpr int POINTS = R * V::N;
+    float rows[PQ_KSUB * (DSUB + 1)];    // [ksub][DSUB + 1], for nearest_groups()
+    float columns[PQ_KSUB * (DSUB + 1)]; // the same, [n_groups][DSUB + 1][V::N]
+    const int64_t n_groups = pq_round_up(ksub, V::N) / V::N;
+    float c_max = 0.0f;
+    for (int64_t c = 0; c < n_groups * V::N; c++) {
+        float row[DSUB + 1];
+        float cc = 0.0f;
         for (int e = 0; e < DSUB; e++) {
-            soa[e * k_pad + c] = c < ksub ? centroids[c * DSUB + e] : INFINITY; // never nearer than anything
+            row[e] = c < ksub ? centroids[c * DSUB + e] : 0.0f;
+            cc    += row[e] * row[e];
+        }
+        row[DSUB] = c < ksub ? 0.5f * cc : INFINITY; // never nearer than anything
+        c_max     = cc > c_max ? cc : c_max;
+        for (int e = 0; e <= DSUB; e++) {
+            rows[c * (DSUB + 1) + e] = row[e];
+            columns[(c / V::N * (DSUB + 1) + e) * V::N + c % V::N] = e < DSUB && c >= ksub ? INFINITY : row[e];
         }
     }
     memset(sums,   0, (size_t) ksub * DSUB * sizeof(double));
     memset(counts, 0, (size_t) ksub * sizeof(int64_t));
     double sse = 0.0;
-    for (int64_t i = 0; i < n; i += 4) {
-        uint8_t code[4];
-        float   dist[4];
-        const int64_t left = pq_min(4, n - i);
-        if (left == 4) {
-            nearest<DSUB, 1, 4, false>(x + i * x_stride, x_stride, soa, k_pad, code, 1, dist);
-        } else {
-            for (int64_t r = 0; r < left; r++) {
-                nearest<DSUB, 1, 1, false>(x + (i + r) * x_stride, x_stride, soa, k_pad, code + r, 1, dist + r);
+    for (int64_t i0 = 0; i0 < n; i0 += POINTS) {
+        float lanes[DSUB * POINTS], group[POINTS], bound[POINTS];
+        for (int64_t i = 0; i < POINTS; i++) {
+            const float * point = x + pq_min(i0 + i, n - 1) * x_stride;
+            for (int e = 0; e < DSUB; e++) {
+                lanes[e * POINTS + i] = point[e];
             }
         }
-        for (int64_t r = 0; r < left; r++) {
+        nearest_groups<DSUB, R>(lanes, rows, n_groups, c_max, group, bound);
+        for (int64_t i = 0; i < pq_min(POINTS, n - i0); i++) {
+            const float * point = x + (i0 + i) * x_stride;
+            const float * in    = columns + (int64_t) group[i] * (DSUB + 1) * V::N;
+            V::T score = V::load(in + DSUB * V::N);
+            PQ_UNROLL
             for (int e = 0; e < DSUB; e++) {
-                sums[code[r] * DSUB + e] += x[(i + r) * x_stride + e];
+                score = V::madd(V::set1(-point[e]), V::load(in + e * V::N), score);
             }
-            counts[code[r]]++;
-            sse += dist[r];
+            const uint32_t within = V::mask_le(score, V::set1(bound[i]));
+            int   code;
+            float dist;
+            if (within != 0 && (within & (within - 1)) == 0) {
+                const int lane = pq_lowest_bit(within);
+                code = (int) group[i] * V::N + lane;
+                for (int e = 0; e < DSUB; e++) {
+                    const float d = point[e] - in[e * V::N + lane];
+                    dist = e == 0 ? d * d : dist + d * d;
+                }
+            } else {
+                code = 0;
+                dist = INFINITY;
+                for (int64_t g = 0; g < n_groups; g++) {
+                    uint8_t code_g;
+                    float   dist_g;
+                    nearest<DSUB, 1, 1, false>(point, x_stride, columns + g * (DSUB + 1) * V::N, V::N, &code_g, 1, &dist_g);
+                    if (dist_g < dist) {
+                        dist = dist_g;
+                        code = (int) g * V::N + code_g;
+                    }
+                }
+            }
+            for (int e = 0; e < DSUB; e++) {
+                sums[code * DSUB + e] += point[e];
+            }
+            counts[code]++;
+            sse += dist;
             if (codes) {
-                codes[i + r] = code[r];
+                codes[i0 + i] = (uint8_t) code;
             }
         }
     }

@@ -15,22 +15,28 @@
 #if defined(__AVX2__) && !defined(PQ_SCALAR)
 #include <immintrin.h>
 #endif
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
 
 #if defined(PQ_SCALAR) && !defined(_MSC_VER)
 // leaves more to the compiler, which otherwise takes long over eight lanes of plain C
 #define PQ_INLINE static inline
 #define PQ_MEMBER static inline __attribute__((always_inline))
 #define PQ_UNROLL
+#define PQ_NO_UNROLL
 #define PQ_PREFETCH(p) __builtin_prefetch(p)
 #elif defined(_MSC_VER)
 #define PQ_INLINE static __forceinline
 #define PQ_MEMBER static __forceinline
 #define PQ_UNROLL
+#define PQ_NO_UNROLL
 #define PQ_PREFETCH(p)
 #else
 #define PQ_INLINE static inline __attribute__((always_inline))
 #define PQ_MEMBER static inline __attribute__((always_inline))
 #define PQ_UNROLL _Pragma("GCC unroll 16")
+#define PQ_NO_UNROLL _Pragma("GCC unroll 1")
 #define PQ_PREFETCH(p) __builtin_prefetch(p)
 #endif
 
@@ -76,6 +82,17 @@ PQ_INLINE uint16_t pq_f32_to_f16(float f) {
     return (uint16_t) (sign | (bits + 0xfffu + (bits >> 13 & 1u)) >> 13);
 }
 
+// of a mask that is not 0
+PQ_INLINE int pq_lowest_bit(uint32_t mask) {
+#if defined(_MSC_VER)
+    unsigned long i;
+    _BitScanForward(&i, mask);
+    return (int) i;
+#else
+    return __builtin_ctz(mask);
+#endif
+}
+
 #if defined(__AVX2__) && !defined(PQ_SCALAR)
 
 struct pq_vec8 {
@@ -97,6 +114,7 @@ struct pq_vec8 {
     PQ_MEMBER T    min(T a, T b)                 { return _mm256_min_ps(a, b); }
     PQ_MEMBER T    if_lt(T a, T b, T x, T y)     { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
     PQ_MEMBER T    if_eq(T a, T b, T x, T y)     { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+    PQ_MEMBER uint32_t mask_le(T a, T b)         { return (uint32_t) _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
     PQ_MEMBER T    round(T a)                    { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     PQ_MEMBER T    iota()                        { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
     PQ_MEMBER H    load_half(const uint16_t * p) { return _mm_loadu_si128((const __m128i *) p); }
@@ -379,6 +397,7 @@ struct pq_vec8 {
     PQ_MEMBER T    min(T a, T b)                { PQ_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
     PQ_MEMBER T    if_lt(T a, T b, T x, T y)    { PQ_LANES(a.v[i] < b.v[i] ? x.v[i] : y.v[i]); }
     PQ_MEMBER T    if_eq(T a, T b, T x, T y)    { PQ_LANES(a.v[i] == b.v[i] ? x.v[i] : y.v[i]); }
+    PQ_MEMBER uint32_t mask_le(T a, T b)        { uint32_t m = 0; for (int i = 0; i < 8; i++) { m |= (uint32_t) (a.v[i] <= b.v[i]) << i; } return m; }
     // adding 1.5 * 2^23 leaves no fraction bits; inputs here are far below 2^22
     PQ_MEMBER T    round(T a)                   { PQ_LANES((a.v[i] + 12582912.0f) - 12582912.0f); }
     PQ_MEMBER T    iota()                       { PQ_LANES((float) i); }
@@ -525,6 +544,7 @@ struct pq_vec16 {
     PQ_MEMBER T    min(T a, T b)                { return _mm512_min_ps(a, b); }
     PQ_MEMBER T    if_lt(T a, T b, T x, T y)    { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
     PQ_MEMBER T    if_eq(T a, T b, T x, T y)    { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x); }
+    PQ_MEMBER uint32_t mask_le(T a, T b)        { return (uint32_t) _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
     PQ_MEMBER T    round(T a)                   { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     PQ_MEMBER T    iota()                       { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
     PQ_MEMBER T    load_f16(const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }

@@ -1134,6 +1134,57 @@ static void test_kmeans() {
     }
 }
 
+// Points halfway between the centroids of a grid, where all arithmetic is exact: ties go to the lowest centroid on every instruction set. Far
+// from zero, scores by way of |c|^2 - 2 x.c say nothing; at 2^-70 squares are subnormal; and one point is NaN.
+static void test_kmeans_ties() {
+    const int n = 1003, ksub = 256;
+    const struct { float offset, scale; } places[] = { { 0, 1 }, { 1000, 1 }, { 1e6f, 1 }, { 0, 0x1p-70f }, { 0, 0x1p50f }, { 100, 0x1p50f } };
+    for (int dsub : { 2, 4 }) {
+        const int side = dsub == 2 ? 16 : 4;
+        for (const auto & place : places) {
+            rng r(dsub);
+            std::vector<float> x((size_t) n * dsub), c((size_t) ksub * dsub);
+            for (int k = 0; k < ksub; k++) {
+                for (int e = 0, at = (k * 37 + 11) % ksub; e < dsub; e++, at /= side) { // neighbours are not in order
+                    c[k * dsub + e] = (place.offset + at % side) * place.scale;
+                }
+            }
+            for (float & f : x) {
+                f = (place.offset + 0.5f * (float) (r.below(2 * side + 3) - 2)) * place.scale;
+            }
+            std::vector<uint8_t> want(n);
+            for (int i = 0; i < n; i++) {
+                double best = INFINITY;
+                for (int k = 0; k < ksub; k++) {
+                    double d = 0.0;
+                    for (int e = 0; e < dsub; e++) {
+                        d += std::pow((double) x[i * dsub + e] - c[k * dsub + e], 2);
+                    }
+                    if (d < best) {
+                        best    = d;
+                        want[i] = (uint8_t) k;
+                    }
+                }
+            }
+            x[500 * dsub] = NAN;
+            want[500]     = 0;
+            for (const std::string & name : simd_names()) {
+                pq_cpu_simd_set(name.c_str());
+                std::vector<uint8_t> codes(n);
+                std::vector<double>  sums(c.size());
+                std::vector<int64_t> counts(ksub);
+                pq_kmeans_assign(x.data(), n, dsub, dsub, c.data(), ksub, codes.data(), sums.data(), counts.data());
+                int n_wrong = 0;
+                for (int i = 0; i < n; i++) {
+                    n_wrong += codes[i] != want[i];
+                }
+                check(n_wrong == 0, "k-means of %s: %d of %d ties are not with the lowest, dsub %d, from %g, grid %g", name.c_str(), n_wrong, n,
+                      dsub, place.offset, place.scale);
+            }
+        }
+    }
+}
+
 // ---- bench ----
 
 static double now_ns() {
@@ -1408,6 +1459,7 @@ int main(int argc, char ** argv) {
     }
     const struct { const char * name; void (*run)(); } tests[] = {
         { "codebook", test_codebook }, { "tables", test_tables }, { "order of sums", test_encode_order }, { "encode and decode", test_encode_decode }, { "attention", test_attn }, { "k-means", test_kmeans },
+        { "k-means, ties", test_kmeans_ties },
     };
     printf("instruction sets:");
     for (const std::string & name : simd_names()) {
