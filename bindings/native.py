@@ -39,7 +39,7 @@ class CacheInfo(ctypes.Structure):
 
 
 _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
-    "million_capture_init": ([ctypes.c_uint32, ctypes.c_uint64], ctypes.c_void_p),
+    "million_capture_init": ([ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32], ctypes.c_void_p),
     "million_capture_n_layer": ([ctypes.c_void_p], ctypes.c_int32),
     "million_capture_n_head": ([ctypes.c_void_p, ctypes.c_int32, ctypes.c_int], ctypes.c_int32),
     "million_capture_head_dim": ([ctypes.c_void_p, ctypes.c_int32, ctypes.c_int], ctypes.c_int32),

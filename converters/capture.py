@@ -26,6 +26,8 @@ from ..progress import stage
 
 K, V, Q = native.CAPTURE_K, native.CAPTURE_V, native.CAPTURE_Q
 
+_QUERY_SHARE = 4  # a query for so many rows: they only count in second moments
+_MAX_QUERIES = 8192  # however many rows: each is weighed, which repeats its attention
 MIN_TOKENS = 1024  # four rows for each of 256 centroids; with fewer, centroids only memorize their rows
 _BATCH = 512  # tokens per decode: llama.cpp's default, and short enough for progress to move
 _DEFAULT_MEMORY_SHARE = 0.4  # of the memory that is free beside the model: training needs copies of its own
@@ -35,9 +37,11 @@ _FALLBACK_MEMORY_BYTES = 2 << 30  # where the system does not tell
 class Capture:
     """Rows kept per layer and kind (K, V or Q). Owned by ``capture``, and gone when its block ends."""
 
-    def __init__(self, n_rows_max: int, seed: int) -> None:
+    def __init__(self, n_rows_max: int, query_step: int, seed: int, n_threads: int) -> None:
         self._lib = native.lib()
-        self._handle = self._lib.million_capture_init(n_rows_max, seed & 0xFFFF_FFFF_FFFF_FFFF)
+        self._handle = self._lib.million_capture_init(
+            n_rows_max, query_step, seed & 0xFFFF_FFFF_FFFF_FFFF, n_threads
+        )
         if not self._handle:
             raise NativeError(f"not enough memory to keep {n_rows_max} rows per layer: lower the memory budget")
 
@@ -142,12 +146,17 @@ def rows_within(memory_bytes: int, shape: ModelShape, n_tokens: int) -> int:
     Never fewer than MIN_TOKENS, which training needs whatever the budget.
     """
     elements = sum(
-        n_kv * (d_k + d_v) + n_q * d_k // 4  # a quarter of the queries is kept
+        n_kv * (d_k + d_v) + n_q * d_k // _QUERY_SHARE
         for n_q, n_kv, d_k, d_v in zip(shape.n_head, shape.n_head_kv, shape.D_k, shape.D_v, strict=True)
         if n_kv
     )
     row_bytes = max(1, 2 * elements)  # rows are kept in f16, as the cache would keep them
     return int(min(n_tokens, max(MIN_TOKENS, memory_bytes // row_bytes)))
+
+
+def query_step(n_rows: int, n_tokens: int) -> int:
+    """The query of one token in so many is kept, where ``n_rows`` rows of ``n_tokens`` are."""
+    return max(-(-_QUERY_SHARE * n_tokens // n_rows), -(-n_tokens // _MAX_QUERIES))
 
 
 def chunks(tokens: Sequence[int], n_tokens: int, n_ctx: int, bos: int | None) -> list[list[int]]:
@@ -221,7 +230,9 @@ def capture(
 
         if memory_bytes is None:
             memory_bytes = default_memory_bytes(os.path.getsize(path))
-        kept = Capture(rows_within(memory_bytes, shape, n_run), seed)
+        n_threads = n_threads or default_threads()
+        n_rows = rows_within(memory_bytes, shape, n_run)
+        kept = Capture(n_rows, query_step(n_rows, n_run), seed, n_threads)
         stack.callback(kept.close)
 
         interrupt = Interrupt()
@@ -231,7 +242,7 @@ def capture(
         context_params.type_k = context_params.type_v = low.GGML_TYPE_F16
         context_params.flash_attn_type = low.LLAMA_FLASH_ATTN_TYPE_ENABLED
         context_params.no_perf = True
-        context_params.n_threads = context_params.n_threads_batch = n_threads or default_threads()
+        context_params.n_threads = context_params.n_threads_batch = n_threads
         context_params.abort_callback = interrupt.callback
         kept.attach(context_params)
         with native_log.collect(echo=False) as log:

@@ -114,6 +114,17 @@ def test_memory_bounds_the_rows(tiny: Path) -> None:
     assert rows_within(0, shape, 10**6) == MIN_TOKENS
 
 
+@pytest.mark.native
+def test_queries_are_a_quarter_of_the_rows_and_bounded() -> None:
+    from million_gguf.converters.capture import query_step
+
+    assert query_step(32768, 32768) == 4
+    assert query_step(1023, 1023) == 4
+    assert query_step(4096, 32768) == 32  # where memory is short
+    for n_tokens in (32769, 131072, 10**6):
+        assert 4096 < n_tokens / query_step(n_tokens, n_tokens) <= 8192
+
+
 # ---- what is refused ----
 
 
@@ -291,6 +302,8 @@ def test_captured_rows_are_those_of_the_model(plain_gguf: Path) -> None:
             for kind in (K, V):
                 assert rows.n_seen(layer, kind) == captured.n_tokens
                 assert rows.rows(layer, kind).shape[0] == 1024  # the least that is kept, with no memory allowed
+            # of queries a quarter as many, evenly from all tokens
+            assert rows.rows(layer, Q).shape[0] == rows.n_seen(layer, Q) == 256
         v = rows.rows(0, V)
         assert v.dtype == np.float32 and np.isfinite(v).all() and v.std() > 0
         assert rows.shape(rows.n_layer, K) is None

@@ -3,21 +3,21 @@
 #include "llama-million.h"
 
 #include "ggml.h"
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <random>
-#include <thread>
 #include <utility>
 #include <vector>
 
 // Tokens that an exact tail keeps unless told otherwise. Errors of keys that young do not reach their queries.
 static constexpr int64_t N_TAIL = 128;
-
-// A query only counts in second moments, so one of so many is kept.
-static constexpr int64_t QUERY_STEP = 4;
 
 struct reservoir {
     int32_t n_head   = 0;
@@ -55,7 +55,12 @@ struct reservoir {
 
 struct million_capture {
     uint32_t n_rows_max;
+    uint32_t query_step;
     uint64_t seed;
+
+    // for the weights of queries, which are worked out here wherever the model runs
+    ggml_backend_ptr  cpu;
+    ggml_gallocr_ptr  memory;
 
     std::vector<reservoir> layers[3]; // [kind][il]
 
@@ -81,67 +86,60 @@ struct million_capture {
     const reservoir * find(int kind, int il) const {
         return kind >= 0 && kind < 3 && il >= 0 && il < (int) layers[kind].size() ? &layers[kind][il] : nullptr;
     }
+
+    std::vector<float> query_weights(const ggml_tensor * attn, const std::vector<std::pair<int64_t, int64_t>> & queries);
 };
 
-// Heads of a tensor [D, n, n_head, n_stream] as floats, whatever its strides.
-struct heads {
+// A tensor's data where the CPU can read it, whatever its strides.
+struct host_tensor {
     const ggml_tensor *  t;
     std::vector<uint8_t> data;
 
-    explicit heads(const ggml_tensor * t) : t(t), data(ggml_nbytes(t)) {
+    explicit host_tensor(const ggml_tensor * t) : t(t), data(ggml_nbytes(t)) {
         ggml_backend_tensor_get(t, data.data(), 0, data.size());
     }
 
-    float at(int64_t d, int64_t i, int64_t h, int64_t s) const {
-        const uint8_t * x = data.data() + d * t->nb[0] + i * t->nb[1] + h * t->nb[2] + s * t->nb[3];
-        return t->type == GGML_TYPE_F16 ? ggml_fp16_to_fp32(*(const ggml_fp16_t *) x) : *(const float *) x;
-    }
-
-    // f32 [D][n]
-    std::vector<float> transposed(int64_t h, int64_t s) const {
-        const int64_t      n = t->ne[1];
-        std::vector<float> out(t->ne[0] * n);
-        for (int64_t i = 0; i < n; ++i) {
-            for (int64_t d = 0; d < t->ne[0]; ++d) {
-                out[d * n + i] = at(d, i, h, s);
-            }
-        }
-        return out;
+    const void * row(int64_t i1, int64_t i2, int64_t i3) const {
+        return data.data() + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3];
     }
 };
 
-// out[n_a][n] = a[n_a][D] * b[D][n]. Four rows of a at once: each value of b that is loaded is used four times, and 64 columns
-// of the four sums fit the first cache.
-static void multiply(const std::vector<float> & a, const std::vector<float> & b, int64_t D, int64_t n, std::vector<float> & out) {
-    const int64_t n_a = (int64_t) a.size() / D;
-    out.resize(n_a * n);
-    for (int64_t j0 = 0; j0 < n; j0 += 64) {
-        const int64_t n_j = std::min<int64_t>(64, n - j0);
-        for (int64_t i0 = 0; i0 < n_a; i0 += 4) {
-            const int64_t n_i = std::min<int64_t>(4, n_a - i0);
-            float         sum[4][64] = {};
-            for (int64_t d = 0; d < D; ++d) {
-                const float * r = b.data() + d * n + j0;
-                float         x[4];
-                for (int64_t i = 0; i < 4; ++i) {
-                    x[i] = i < n_i ? a[(i0 + i) * D + d] : 0.0f;
-                }
-                for (int64_t j = 0; j < n_j; ++j) {
-                    sum[0][j] += x[0] * r[j];
-                    sum[1][j] += x[1] * r[j];
-                    sum[2][j] += x[2] * r[j];
-                    sum[3][j] += x[3] * r[j];
-                }
-            }
-            for (int64_t i = 0; i < n_i; ++i) {
-                std::copy_n(sum[i], n_j, out.data() + (i0 + i) * n + j0);
+// An input of a graph: rows of `ne0` elements, found by row(i1, i2) once the graph has memory.
+struct graph_input {
+    ggml_tensor *                                  t;
+    std::function<const void *(int64_t, int64_t)>  row;
+
+    void copy() const {
+        for (int64_t i2 = 0; i2 < t->ne[2]; ++i2) {
+            for (int64_t i1 = 0; i1 < t->ne[1]; ++i1) {
+                memcpy((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2], row(i1, i2), ggml_row_size(t->type, t->ne[0]));
             }
         }
+    }
+};
+
+// dst f32 [2, n_query, group]: the sums of p^2 |v - o|^2 that million_capture_weights tells of. Sources f32: p and v.o
+// [n_kv, n_query, group], |v|^2 [1, n_kv], |o|^2 [1, n_query, group]; n_seen: by query, its cell and those before.
+static void sum_costs(ggml_tensor * dst, int ith, int nth, void * n_seen) {
+    const int64_t n_kv = dst->src[0]->ne[0];
+    const float * vv   = (const float *) dst->src[2]->data;
+    for (int64_t r = ith; r < ggml_nrows(dst); r += nth) {
+        const float * p  = (const float *) dst->src[0]->data + r * n_kv;
+        const float * vo = (const float *) dst->src[1]->data + r * n_kv;
+        const float   oo = ((const float *) dst->src[3]->data)[r];
+        const int64_t n  = ((const int64_t *) n_seen)[r % dst->ne[1]];
+        double        cost[2] = {}; // of keys that the tail holds, and of all others
+        for (int64_t j = 0; j < n; ++j) {
+            cost[j < n - N_TAIL] += (double) p[j] * p[j] * std::max(0.0f, vv[j] - 2.0f * vo[j] + oo);
+        }
+        float * out = (float *) dst->data + 2 * r;
+        out[0] = (float) cost[1];
+        out[1] = (float) (cost[0] + cost[1]);
     }
 }
 
 // What million_capture_weights says, of the queries (token, stream) of one attention: f32 [n_query][n_head][2].
-static std::vector<float> query_weights(const ggml_tensor * attn, const std::vector<std::pair<int64_t, int64_t>> & queries) {
+std::vector<float> million_capture::query_weights(const ggml_tensor * attn, const std::vector<std::pair<int64_t, int64_t>> & queries) {
     const ggml_tensor * q = attn->src[0];
     const ggml_tensor * k = attn->src[1];
     const ggml_tensor * v = attn->src[2];
@@ -159,105 +157,83 @@ static std::vector<float> query_weights(const ggml_tensor * attn, const std::vec
     if (!attn->src[3] || params[1] != 0.0f) {
         return out; // no causal mask, or ALiBi, whose slopes are not worked out here
     }
-    const heads   hq(q), hk(k), hv(v), ho(attn), hm(attn->src[3]);
-    const int64_t D      = q->ne[0];
-    const int64_t D_v    = v->ne[0];
-    const int64_t n_kv   = k->ne[1];
-    const int64_t group  = n_head / k->ne[2];
+    const host_tensor hq(q), hk(k), hv(v), ho(attn), hm(attn->src[3]);
+    const int64_t n_kv  = k->ne[1];
+    const int64_t group = n_head / k->ne[2];
 
-    std::vector<float> sinks(n_head, -INFINITY);
+    std::vector<float> sinks;
     if (attn->src[4]) {
+        sinks.resize(n_head);
         ggml_backend_tensor_get(attn->src[4], sinks.data(), 0, n_head * sizeof(float));
     }
 
-    // f32 [n_query][mask heads][n_kv]; and the cell of each query's token: the last that it sees
-    const int64_t        n_mask = hm.t->ne[2];
-    std::vector<float>   masks(queries.size() * n_mask * n_kv);
-    std::vector<int64_t> own(queries.size(), -1);
-    for (size_t i = 0; i < queries.size(); ++i) {
-        for (int64_t m = 0; m < n_mask; ++m) {
-            float * mask = masks.data() + (i * n_mask + m) * n_kv;
-            for (int64_t j = 0; j < n_kv; ++j) {
-                mask[j] = hm.at(j, queries[i].first, m, queries[i].second % hm.t->ne[3]);
-                own[i]  = mask[j] > -INFINITY ? std::max(own[i], j) : own[i];
-            }
-        }
-    }
-
-    const auto run = [&](int64_t h_kv, int64_t s) {
-        std::vector<int64_t> mine;
-        std::vector<float>   a, o;
+    // By stream and KV head, so that scores stay in the caches.
+    for (int64_t part = 0; part < q->ne[3] * k->ne[2]; ++part) {
+        const int64_t        s    = part / k->ne[2];
+        const int64_t        h_kv = part % k->ne[2];
+        const int64_t        h0   = h_kv * group;
+        std::vector<int64_t> mine, n_seen;
         for (int64_t i = 0; i < (int64_t) queries.size(); ++i) {
-            if (queries[i].second != s) {
-                continue;
-            }
-            mine.push_back(i);
-            for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
-                for (int64_t d = 0; d < D; ++d) {
-                    a.push_back(hq.at(d, queries[i].first, h, s) * params[0]);
-                }
-                for (int64_t d = 0; d < D_v; ++d) {
-                    o.push_back(ho.at(d, h, queries[i].first, s));
-                }
+            if (queries[i].second == s) {
+                mine.push_back(i);
             }
         }
-        const auto         kt = hk.transposed(h_kv, s % k->ne[3]);
-        const auto         vt = hv.transposed(h_kv, s % v->ne[3]);
-        std::vector<float> scores, along, vv(n_kv, 0.0f);
-        multiply(a, kt, D, n_kv, scores);
-        multiply(o, vt, D_v, n_kv, along);
-        for (int64_t d = 0; d < D_v; ++d) {
-            for (int64_t j = 0; j < n_kv; ++j) {
-                vv[j] += vt[d * n_kv + j] * vt[d * n_kv + j];
-            }
+        if (mine.empty()) {
+            continue;
         }
-        for (int64_t r = 0; r < (int64_t) mine.size() * group; ++r) {
-            const int64_t i    = mine[r / group];
-            const int64_t h    = h_kv * group + r % group;
-            const int64_t n    = own[i] + 1;
-            const float * mask = masks.data() + (i * n_mask + h % n_mask) * n_kv;
-            float *       p    = scores.data() + r * n_kv;
-            if (n == 0) {
-                continue;
+        const auto token  = [&](int64_t i) { return queries[mine[i]].first; };
+        const auto masked = [&](int64_t i, int64_t h) { return (const ggml_fp16_t *) hm.row(token(i), h % hm.t->ne[2], s % hm.t->ne[3]); };
+        for (int64_t i = 0; i < (int64_t) mine.size(); ++i) {
+            int64_t n = n_kv; // its own cell is the last that a query sees
+            while (n > 0 && ggml_fp16_to_fp32(masked(i, h0)[n - 1]) == -INFINITY) {
+                --n;
             }
-            if (params[2] != 0.0f) {
-                for (int64_t j = 0; j < n; ++j) {
-                    p[j] = params[2] * std::tanh(p[j] / params[2]);
-                }
-            }
-            float top = sinks[h];
-            for (int64_t j = 0; j < n; ++j) {
-                p[j] += mask[j];
-                top = std::max(top, p[j]);
-            }
-            float oo = 0.0f;
-            for (int64_t d = 0; d < D_v; ++d) {
-                oo += o[r * D_v + d] * o[r * D_v + d];
-            }
-            double sum = std::exp(sinks[h] - top);
-            double cost[2] = {}; // of keys that the tail holds, and of all others
-            for (int64_t j = 0; j < n; ++j) {
-                const float e = std::exp(p[j] - top);
-                sum += e;
-                cost[j < n - N_TAIL] += (double) e * e * std::max(0.0f, vv[j] - 2.0f * along[r * n_kv + j] + oo);
-            }
-            out[(i * n_head + h) * 2 + 0] = (float) (cost[1] / (sum * sum));
-            out[(i * n_head + h) * 2 + 1] = (float) ((cost[0] + cost[1]) / (sum * sum));
+            n_seen.push_back(n);
         }
-    };
 
-    std::vector<std::thread> threads;
-    const int64_t n_thread = std::max(1u, std::thread::hardware_concurrency());
-    const int64_t n_part   = k->ne[2] * q->ne[3];
-    for (int64_t i = 0; i < std::min(n_thread, n_part); ++i) {
-        threads.emplace_back([&, i] {
-            for (int64_t part = i; part < n_part; part += n_thread) {
-                run(part % k->ne[2], part / k->ne[2]);
-            }
-        });
-    }
-    for (auto & thread : threads) {
-        thread.join();
+        ggml_context *     ctx = ggml_init({ ggml_tensor_overhead() * 64 + ggml_graph_overhead(), nullptr, /*no_alloc =*/ true });
+        std::vector<graph_input> inputs;
+        const auto         add = [&](ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, std::function<const void *(int64_t, int64_t)> row) {
+            ggml_tensor * t = ggml_new_tensor_3d(ctx, type, ne0, ne1, ne2);
+            ggml_set_input(t);
+            inputs.push_back({ t, row });
+            return t;
+        };
+        const int64_t n  = (int64_t) mine.size();
+        auto *        tq = add(GGML_TYPE_F32, q->ne[0], n, group, [&](int64_t i, int64_t g) { return hq.row(token(i), h0 + g, s); });
+        auto *        to = add(GGML_TYPE_F32, v->ne[0], n, group, [&](int64_t i, int64_t g) { return ho.row(h0 + g, token(i), s); });
+        auto *        tk = add(k->type, k->ne[0], n_kv, 1, [&](int64_t j, int64_t) { return hk.row(j, h_kv, s % k->ne[3]); });
+        auto *        tv = add(v->type, v->ne[0], n_kv, 1, [&](int64_t j, int64_t) { return hv.row(j, h_kv, s % v->ne[3]); });
+        auto *        tm = add(GGML_TYPE_F16, n_kv, n, group, [&](int64_t i, int64_t g) { return masked(i, h0 + g); });
+
+        // In f32: where v and o are nearly the same, digits cancel.
+        tk = ggml_cast(ctx, tk, GGML_TYPE_F32);
+        tv = ggml_cast(ctx, tv, GGML_TYPE_F32);
+        ggml_tensor * scores = ggml_mul_mat(ctx, tk, tq);
+        float         scale  = params[0];
+        if (params[2] != 0.0f) {
+            scores = ggml_tanh_inplace(ctx, ggml_scale_inplace(ctx, scores, scale / params[2]));
+            scale  = params[2];
+        }
+        ggml_tensor * p = ggml_soft_max_ext_inplace(ctx, scores, tm, scale, 0.0f);
+        if (!sinks.empty()) {
+            ggml_soft_max_add_sinks(p, add(GGML_TYPE_F32, group, 1, 1, [&](int64_t, int64_t) { return sinks.data() + h0; }));
+        }
+        ggml_tensor * args[] = { p, ggml_mul_mat(ctx, tv, to), ggml_sum_rows(ctx, ggml_sqr(ctx, tv)), ggml_sum_rows(ctx, ggml_sqr(ctx, to)) };
+        ggml_tensor * costs  = ggml_custom_4d(ctx, GGML_TYPE_F32, 2, n, group, 1, args, 4, sum_costs, GGML_N_TASKS_MAX, n_seen.data());
+        ggml_cgraph * graph  = ggml_new_graph(ctx);
+        ggml_build_forward_expand(graph, costs);
+        if (!ggml_gallocr_alloc_graph(memory.get(), graph)) {
+            GGML_ABORT("not enough memory to weigh the queries of a calibration");
+        }
+        for (const graph_input & i : inputs) {
+            i.copy();
+        }
+        GGML_ASSERT(ggml_backend_graph_compute(cpu.get(), graph) == GGML_STATUS_SUCCESS);
+        for (int64_t r = 0; r < n * group; ++r) {
+            memcpy(&out[(mine[r % n] * n_head + h0 + r / n) * 2], (const float *) costs->data + 2 * r, 2 * sizeof(float));
+        }
+        ggml_free(ctx);
     }
     return out;
 }
@@ -276,10 +252,22 @@ static bool parse_cache_name(const ggml_tensor * t, int & kind, int & il) {
     return true;
 }
 
-million_capture * million_capture_init(uint32_t n_rows_max, uint64_t seed) {
+million_capture * million_capture_init(uint32_t n_rows_max, uint32_t query_step, uint64_t seed, int32_t n_threads) {
+    ggml_backend_ptr cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    if (!cpu || query_step < 1) {
+        return nullptr;
+    }
+    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu.get()));
+    auto   set = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+    if (set) {
+        set(cpu.get(), n_threads);
+    }
     auto * cap = new million_capture();
     cap->n_rows_max = n_rows_max;
+    cap->query_step = query_step;
     cap->seed       = seed;
+    cap->memory.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(cpu.get())));
+    cap->cpu        = std::move(cpu);
     return cap;
 }
 
@@ -345,13 +333,13 @@ bool million_capture_eval(ggml_tensor * t, bool ask, void * user_data) {
     std::vector<int64_t>                     places;
     for (int64_t s = 0; s < x->ne[3]; ++s) {
         for (int64_t i = 0; i < x->ne[1]; ++i) {
-            if (cap->n_queries(il)++ % QUERY_STEP != 0) {
+            if (cap->n_queries(il)++ % cap->query_step != 0) {
                 continue;
             }
             for (int64_t h = 0; h < x->ne[2]; ++h) {
                 memcpy(cap->row.data() + h * x->ne[0], cap->data.data() + i * x->nb[1] + h * x->nb[2] + s * x->nb[3], x->ne[0] * sizeof(float));
             }
-            const int64_t place = r.add(cap->row.data(), std::max<int64_t>(1, cap->n_rows_max / QUERY_STEP));
+            const int64_t place = r.add(cap->row.data(), cap->n_rows_max);
             if (place >= 0) {
                 kept.emplace_back(i, s);
                 places.push_back(place);
@@ -359,7 +347,7 @@ bool million_capture_eval(ggml_tensor * t, bool ask, void * user_data) {
         }
     }
     if (!kept.empty()) {
-        const auto    weights = query_weights(t, kept);
+        const auto    weights = cap->query_weights(t, kept);
         const int64_t w       = r.n_head * 2;
         r.weights.resize(r.n_rows() * w);
         for (size_t i = 0; i < kept.size(); ++i) {

@@ -72,7 +72,8 @@ LLAMA_API int32_t million_set_kv_tail(int32_t n_tokens);
 // ---- calibration capture ----
 //
 // Keeps, per layer, a uniform random sample (reservoir sampling, Vitter's algorithm R) of the rows that the
-// cache would store and of a quarter of the queries that meet them. Set as a context's cb_eval, with the capture as user data.
+// cache would store, and every `query_step`th of the queries that meet them, which are weighed on n_threads of the CPU. Set as a context's
+// cb_eval, with the capture as user data.
 
 struct million_capture;
 
@@ -82,7 +83,7 @@ enum million_capture_kind {
     MILLION_CAPTURE_Q = 2, // queries as attention sees them: after rope
 };
 
-LLAMA_API struct million_capture * million_capture_init(uint32_t n_rows_max, uint64_t seed);
+LLAMA_API struct million_capture * million_capture_init(uint32_t n_rows_max, uint32_t query_step, uint64_t seed, int32_t n_threads);
 LLAMA_API void                     million_capture_free(struct million_capture * cap);
 
 LLAMA_API bool million_capture_eval(struct ggml_tensor * t, bool ask, void * user_data); // a ggml_backend_sched_eval_callback
