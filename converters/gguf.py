@@ -251,7 +251,8 @@ def calibrate(
                 progress=progress,
             )
         )
-        if captured.n_tokens < n_tokens // 2:
+        # The text that ships is shorter than the default; who gave neither has nothing to do about it.
+        if captured.n_tokens < n_tokens // 2 and (text is not None or n_tokens != DEFAULT_TOKENS):
             note(f"the text has only {captured.n_tokens} of {n_tokens} tokens asked for", enabled=progress)
         trained = _train(captured.rows, shape, specs, seed, n_threads, src, progress)
     codebooks = container.CodebookSet(
