@@ -210,7 +210,7 @@ def _squared_error(y: F32, spec: PQSpec, centroids: npt.NDArray[np.float16], n_t
     error = 0.0
     for elements in spec.elements_of_codes(y.shape[1]):
         points = _CpuPoints(_points_of(y, elements), n_threads)
-        error += float(points.lloyd(y.shape[0], _centroids_of(centroids, elements))[2].sum())
+        error += float(points.assign(y.shape[0], _centroids_of(centroids, elements))[2].sum())
     return error
 
 
@@ -239,7 +239,7 @@ def kmeans(x: F32, ksub: int, seed: int, *, device: str = "auto", n_threads: int
         centroids f32 ``[P, ksub, dsub]``, and the sum of squared distances of each problem, f64 ``[P]``.
     """
     c = _solve(x, ksub, np.random.default_rng(seed), _points_class(device), n_threads)
-    return c, _CpuPoints(x, n_threads).lloyd(x.shape[1], c)[2]
+    return c, _CpuPoints(x, n_threads).assign(x.shape[1], c)[2].sum(axis=1)
 
 
 def _solve(
@@ -254,11 +254,10 @@ def _solve(
     c = _seed(points, ksub, sizes[1], rng)
     for i, r in enumerate(_SCHEDULE):
         m = sizes[r.size]
+        sums, counts, costs = points.assign(m, c)
         if r.move > 0.0:
-            sums, counts, dist = points.spread(m, c)
-            c = _move(_means(sums, counts, c), counts, dist, r.move, rng)
+            c = _move(_means(sums, counts, c), counts, costs, r.move, rng)
         else:
-            sums, counts, _ = points.lloyd(m, c)
             relax = 1.0 if i == len(_SCHEDULE) - 1 else _RELAX
             c = (c + relax * (_means(sums, counts, c) - c)).astype(np.float32)
     return c
@@ -290,13 +289,13 @@ def _means(sums: F64, counts: I64, c: F32) -> F32:
     return np.where(full, sums / np.maximum(counts, 1)[..., None], c).astype(np.float32)
 
 
-def _move(c: F32, counts: I64, dist: F64, share: float, rng: np.random.Generator) -> F32:
+def _move(c: F32, counts: I64, costs: F64, share: float, rng: np.random.Generator) -> F32:
     """Moves up to ``share`` of the centroids from where they are missed least to where clusters cost most.
 
     Args:
         c: ``[P, ksub, dsub]``, means of their clusters.
         counts: ``[P, ksub]`` points of each cluster.
-        dist: ``[P, ksub]`` squared distances of each cluster.
+        costs: ``[P, ksub]`` sum of squared distances of each cluster.
     """
     P, k, dsub = c.shape
     r = max(1, int(k * share))
@@ -304,13 +303,13 @@ def _move(c: F32, counts: I64, dist: F64, share: float, rng: np.random.Generator
     # centroids was fitted on the data sets named at _SCHEDULE. What a split saves: for a cell as wide as long, its
     # variance along one axis falls to a quarter: 3/4 of 1/dsub of its cost.
     loss = np.where(counts == 0, -1.0, 0.35 * counts * _nearest_centroid_d2(c))
-    gain = 0.75 / dsub * dist
+    gain = 0.75 / dsub * costs
     low = np.argsort(loss, axis=1, kind="stable")[:, :r]
     high = np.argsort(-gain, axis=1, kind="stable")[:, :r]
     worth = np.take_along_axis(loss, low, 1) < np.take_along_axis(gain, high, 1)
 
     # The pair is put half a standard deviation to both sides of the old mean, along a random diagonal.
-    variance = np.take_along_axis(dist, high, 1) / np.maximum(np.take_along_axis(counts, high, 1), 1) / dsub
+    variance = np.take_along_axis(costs, high, 1) / np.maximum(np.take_along_axis(counts, high, 1), 1) / dsub
     offset = 0.5 * np.sqrt(variance)[..., None] * np.where(rng.random((P, r, dsub)) < 0.5, -1.0, 1.0)
     out: F32 = c.copy()
     old = np.take_along_axis(c, high[..., None], 1)
@@ -348,12 +347,8 @@ class _Points(Protocol):
 
     shape: tuple[int, int, int]
 
-    def lloyd(self, m: int, c: F32) -> tuple[F64, I64, F64]:
-        """Sums ``[P, ksub, dsub]`` and counts ``[P, ksub]`` per centroid, and squared distance ``[P]`` per problem."""
-        ...
-
-    def spread(self, m: int, c: F32) -> tuple[F64, I64, F64]:
-        """As ``lloyd``, with the squared distance per centroid, ``[P, ksub]``."""
+    def assign(self, m: int, c: F32) -> tuple[F64, I64, F64]:
+        """Per centroid: sums ``[P, ksub, dsub]``, counts ``[P, ksub]`` and squared distances ``[P, ksub]`` of its points."""
         ...
 
     def d2(self, m: int, c: F32) -> F32:
@@ -397,63 +392,46 @@ class _CpuPoints:
             self._prefix = self._x if m == self._x.shape[1] else np.ascontiguousarray(self._x[:, :m])
         return self._prefix
 
-    def _assign(self, x: F32, c: F32, codes: npt.NDArray[np.uint8] | None) -> tuple[F64, I64, F64]:
+    def _assign(
+        self, x: F32, c: F32, codes: npt.NDArray[np.uint8] | None = None, dists: F32 | None = None
+    ) -> tuple[F64, I64, F64]:
+        c = np.ascontiguousarray(c)
         if self._native:
-            return native.kmeans_assign(x, c, codes=codes, n_threads=self._n_threads)
-        return _assign_numpy(x, c, codes)
+            return native.kmeans_assign(x, c, codes=codes, dists=dists, n_threads=self._n_threads)
+        return _assign_numpy(x, c, codes, dists)
 
-    def lloyd(self, m: int, c: F32) -> tuple[F64, I64, F64]:
-        return self._assign(self._first(m), np.ascontiguousarray(c), None)
-
-    def _in_parts(self, m: int, c: F32) -> Any:
-        """Yields (problems, points, codes, sums, counts) for as many problems at once as the cache holds."""
-        x = self._first(m)
-        step = max(1, _TEMP_ELEMS // max(1, m))
-        for i in range(0, x.shape[0], step):
-            part = slice(i, min(x.shape[0], i + step))
-            codes = np.empty((part.stop - i, m), dtype=np.uint8)
-            sums, counts, _ = self._assign(x[part], np.ascontiguousarray(c[part]), codes)
-            yield part, x[part], codes, sums, counts
-
-    @staticmethod
-    def _residual(x: F32, c: F32, codes: npt.NDArray[np.uint8]) -> tuple[F32, I64]:
-        flat = codes + np.arange(x.shape[0])[:, None] * c.shape[1]
-        return x - np.take(c.reshape(-1, c.shape[2]), flat, axis=0), flat
-
-    def spread(self, m: int, c: F32) -> tuple[F64, I64, F64]:
-        P, k, dsub = c.shape
-        all_sums, all_counts, dist = np.empty((P, k, dsub)), np.empty((P, k), dtype=np.int64), np.empty((P, k))
-        for part, x, codes, sums, counts in self._in_parts(m, c):
-            residual, flat = self._residual(x, c[part], codes)
-            d2 = np.einsum("pnd,pnd->pn", residual, residual)
-            size = x.shape[0] * k
-            dist[part] = np.bincount(flat.ravel(), weights=d2.ravel(), minlength=size).reshape(-1, k)
-            all_sums[part], all_counts[part] = sums, counts
-        return all_sums, all_counts, dist
+    def assign(self, m: int, c: F32) -> tuple[F64, I64, F64]:
+        return self._assign(self._first(m), c)
 
     def d2(self, m: int, c: F32) -> F32:
         out = np.empty((c.shape[0], m), dtype=np.float32)
-        for part, x, codes, _, _ in self._in_parts(m, c):
-            residual, _ = self._residual(x, c[part], codes)
-            np.einsum("pnd,pnd->pn", residual, residual, out=out[part])
+        self._assign(self._first(m), c, dists=out)
         return out
 
     def residuals(self, c: F32) -> F32:
         """Point minus nearest centroid, ``[P, n, dsub]``."""
+        P, n, dsub = self._x.shape
         out = np.empty(self._x.shape, dtype=np.float32)
-        for part, x, codes, _, _ in self._in_parts(self._x.shape[1], c):
-            out[part] = self._residual(x, c[part], codes)[0]
+        step = max(1, _TEMP_ELEMS // max(1, n))  # as many problems at once as the cache holds
+        for i in range(0, P, step):
+            part = slice(i, min(P, i + step))
+            codes = np.empty((part.stop - i, n), dtype=np.uint8)
+            self._assign(self._x[part], c[part], codes)
+            flat = codes + np.arange(part.stop - i)[:, None] * c.shape[1]
+            out[part] = self._x[part] - np.take(c[part].reshape(-1, dsub), flat, axis=0)
         return out
 
     def take(self, index: npt.NDArray[np.integer]) -> F32:
         return np.take_along_axis(self._x, index[..., None], axis=1)
 
 
-def _assign_numpy(x: F32, c: F32, codes: npt.NDArray[np.uint8] | None) -> tuple[F64, I64, F64]:
+def _assign_numpy(
+    x: F32, c: F32, codes: npt.NDArray[np.uint8] | None = None, dists: F32 | None = None
+) -> tuple[F64, I64, F64]:
     """``native.kmeans_assign`` in NumPy, some hundred times slower; for machines without the library."""
     P, n, dsub = x.shape
     k = c.shape[1]
-    sums, counts, sse = np.zeros((P, k, dsub)), np.zeros((P, k), dtype=np.int64), np.zeros(P)
+    sums, counts, costs = np.zeros((P, k, dsub)), np.zeros((P, k), dtype=np.int64), np.zeros((P, k))
     step = max(1, _TEMP_ELEMS // k)
     for p in range(P):
         for i in range(0, n, step):
@@ -462,13 +440,16 @@ def _assign_numpy(x: F32, c: F32, codes: npt.NDArray[np.uint8] | None) -> tuple[
             for j in range(dsub):
                 d2 += np.square(part[:, None, j] - c[p, None, :, j])
             code = d2.argmin(axis=1)
-            sse[p] += float(d2.min(axis=1).sum(dtype=np.float64))
+            least = d2.min(axis=1)
+            costs[p] += np.bincount(code, weights=least, minlength=k)
             counts[p] += np.bincount(code, minlength=k)
             for j in range(dsub):
                 sums[p, :, j] += np.bincount(code, weights=part[:, j], minlength=k)
             if codes is not None:
                 codes[p, i : i + step] = code
-    return sums, counts, sse
+            if dists is not None:
+                dists[p, i : i + step] = least
+    return sums, counts, costs
 
 
 class _TorchPoints:
@@ -503,10 +484,10 @@ class _TorchPoints:
             del d2
             yield part, x, code, nearest
 
-    def spread(self, m: int, c: F32) -> tuple[F64, I64, F64]:
+    def assign(self, m: int, c: F32) -> tuple[F64, I64, F64]:
         torch = self._torch
         P, k, dsub = c.shape
-        sums, counts, dist = np.empty((P, k, dsub)), np.empty((P, k), dtype=np.int64), np.empty((P, k))
+        sums, counts, costs = np.empty((P, k, dsub)), np.empty((P, k), dtype=np.int64), np.empty((P, k))
         for part, x, code, nearest in self._in_parts(m, c):
             one_hot = torch.nn.functional.one_hot(code, k).to(torch.float32)
             columns = torch.cat([x, torch.ones_like(nearest)[..., None], nearest[..., None]], dim=2)
@@ -514,12 +495,8 @@ class _TorchPoints:
             del one_hot
             sums[part] = totals[..., :dsub]
             counts[part] = np.rint(totals[..., dsub]).astype(np.int64)
-            dist[part] = totals[..., dsub + 1]
-        return sums, counts, dist
-
-    def lloyd(self, m: int, c: F32) -> tuple[F64, I64, F64]:
-        sums, counts, dist = self.spread(m, c)
-        return sums, counts, dist.sum(axis=1)
+            costs[part] = totals[..., dsub + 1]
+        return sums, counts, costs
 
     def d2(self, m: int, c: F32) -> F32:
         out = np.empty((c.shape[0], m), dtype=np.float32)

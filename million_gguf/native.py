@@ -163,8 +163,8 @@ def load() -> C.CDLL:
             ("million_pq_decode", None, [C.POINTER(_DecodeParams), C.c_int]),
             ("million_pq_attn", None, [C.POINTER(_AttnParams), C.c_int]),
             ("million_pq_attn_params_bytes", C.c_size_t, []),
-            ("million_pq_kmeans_assign_many", C.c_double,
-             [C.c_void_p, C.c_int64, C.c_int64, C.c_int32, C.c_void_p, C.c_int32] + [C.c_void_p] * 4 + [C.c_int]),
+            ("million_pq_kmeans_assign_many", C.c_int,
+             [C.c_void_p, C.c_int64, C.c_int64, C.c_int32, C.c_void_p, C.c_int32] + [C.c_void_p] * 5 + [C.c_int]),
             ("pq_cpu_simd_set", C.c_int, [C.c_char_p]),
             ("pq_cpu_simd_name", C.c_char_p, []),
             ("million_pq_f16_to_float", None, [C.c_void_p, C.c_void_p, C.c_int64]),
@@ -481,6 +481,7 @@ def kmeans_assign(
     centroids: npt.NDArray[np.float32],
     *,
     codes: npt.NDArray[np.uint8] | None = None,
+    dists: npt.NDArray[np.float32] | None = None,
     n_threads: int = 0,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """One assignment pass of Lloyd's algorithm for many problems at once; ties go to the lowest centroid.
@@ -489,10 +490,11 @@ def kmeans_assign(
         x: f32 ``[n_problems, n, dsub]``, contiguous; dsub is 2 or 4.
         centroids: f32 ``[n_problems, ksub, dsub]``, contiguous; ksub is at most 256.
         codes: u8 ``[n_problems, n]``, contiguous, filled with the index of the nearest centroid; None: not wanted.
+        dists: f32 ``[n_problems, n]``, contiguous, filled with the squared distance to it; None: not wanted.
 
     Returns:
-        sums f64 ``[n_problems, ksub, dsub]`` and counts i64 ``[n_problems, ksub]`` of the points of each centroid, and
-        the sum of squared distances of each problem, sse f64 ``[n_problems]``.
+        of the points of each centroid, sums f64 ``[n_problems, ksub, dsub]``, counts i64 ``[n_problems, ksub]``, and the sums
+        of their squared distances, costs f64 ``[n_problems, ksub]``.
 
     Raises:
         MismatchError: arguments that do not fit each other. NativeError: no library.
@@ -507,18 +509,20 @@ def kmeans_assign(
         and centroids.shape[::2] == (P, dsub) and 0 < centroids.shape[1] <= 256,
         f"centroids are {centroids.dtype} {list(centroids.shape)}, need contiguous float32 [{P}, 1..256, {dsub}]",
     )  # fmt: skip
-    _need(
-        codes is None
-        or (codes.dtype == np.uint8 and codes.shape == (P, n) and codes.flags.c_contiguous and codes.flags.writeable),
-        f"codes must be contiguous writeable uint8 [{P}, {n}]",
-    )
+    for name, out, dtype in (("codes", codes, np.uint8), ("dists", dists, np.float32)):
+        _need(
+            out is None
+            or (out.dtype == dtype and out.shape == (P, n) and out.flags.c_contiguous and out.flags.writeable),
+            f"{name} must be contiguous writeable {np.dtype(dtype)} [{P}, {n}]",
+        )
     ksub = centroids.shape[1]
     sums = np.zeros((P, ksub, dsub), dtype=np.float64)
     counts = np.zeros((P, ksub), dtype=np.int64)
-    sse = np.zeros(P, dtype=np.float64)
+    costs = np.zeros((P, ksub), dtype=np.float64)
     if P > 0 and n > 0:
         load().million_pq_kmeans_assign_many(
             x.ctypes.data, P, n, dsub, centroids.ctypes.data, ksub, None if codes is None else codes.ctypes.data,
-            sums.ctypes.data, counts.ctypes.data, sse.ctypes.data, thread_count(n_threads),
+            None if dists is None else dists.ctypes.data, sums.ctypes.data, counts.ctypes.data, costs.ctypes.data,
+            thread_count(n_threads),
         )  # fmt: skip
-    return sums, counts, sse
+    return sums, counts, costs

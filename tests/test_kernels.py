@@ -430,7 +430,8 @@ def test_kmeans_assign(simd: str, dsub: int, ksub: int, n: int) -> None:
     c = rng.standard_normal((3, ksub, dsub)).astype(np.float32)
     c[:, ksub // 2] = c[:, 3]  # a tie
     codes = np.empty((3, n), np.uint8)
-    sums, counts, sse = native.kmeans_assign(x, c, codes=codes)
+    dists = np.empty((3, n), np.float32)
+    sums, counts, costs = native.kmeans_assign(x, c, codes=codes, dists=dists)
     d = ((x[:, :, None].astype(np.float64) - c[:, None]) ** 2).sum(-1)
     want = d.argmin(-1)
     p, i = np.nonzero(codes != want)
@@ -439,9 +440,10 @@ def test_kmeans_assign(simd: str, dsub: int, ksub: int, n: int) -> None:
     one_hot = np.eye(ksub)[codes]
     assert np.array_equal(counts, one_hot.sum(1))
     assert np.allclose(sums, np.einsum("pnk,pnd->pkd", one_hot, x), rtol=1e-12, atol=1e-12)
-    assert np.allclose(sse, d.min(-1).sum(-1), rtol=1e-5)
+    assert np.allclose(dists, d.min(-1), rtol=1e-5, atol=1e-9)
+    assert np.allclose(costs, np.einsum("pnk,pn->pk", one_hot, d.min(-1)), rtol=1e-5, atol=1e-9)
     again = native.kmeans_assign(x, c, n_threads=1)
-    assert all(np.array_equal(a, b) for a, b in zip((sums, counts, sse), again, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip((sums, counts, costs), again, strict=True))
 
 
 # ---- codebooks in native code ----
@@ -564,6 +566,7 @@ def test_bad_arguments_never_reach_native_code(monkeypatch: pytest.MonkeyPatch) 
         lambda: native.kmeans_assign(np.zeros((2, 5, 2), np.float32), np.zeros((2, 300, 2), np.float32)),
         lambda: native.kmeans_assign(np.zeros((2, 10, 2), np.float32)[:, ::2], c),
         lambda: native.kmeans_assign(np.zeros((2, 5, 2), np.float32), c, codes=np.zeros((2, 4), np.uint8)),
+        lambda: native.kmeans_assign(np.zeros((2, 5, 2), np.float32), c, dists=np.zeros((2, 5))),
     ]
     for i, f in enumerate(bad):
         try:

@@ -100,25 +100,16 @@ size_t million_pq_attn_params_bytes(void) {
     return sizeof(pq_attn_params);
 }
 
-double million_pq_kmeans_assign_many(const float * x, int64_t n_problems, int64_t n, int32_t dsub, const float * centroids, int32_t ksub,
-                                     uint8_t * codes, double * sums, int64_t * counts, double * sse, int n_threads) {
+int million_pq_kmeans_assign_many(const float * x, int64_t n_problems, int64_t n, int32_t dsub, const float * centroids, int32_t ksub,
+                                  uint8_t * codes, float * dists, double * sums, int64_t * counts, double * costs, int n_threads) {
     if ((dsub != 2 && dsub != 4) || ksub < 1 || ksub > PQ_KSUB) {
-        return std::numeric_limits<double>::quiet_NaN();
-    }
-    std::vector<double> sse_here;
-    if (!sse) {
-        sse_here.resize((size_t) n_problems);
-        sse = sse_here.data();
+        return -1;
     }
     run_items(n_problems, 0, n_threads, [&](int64_t i, void *) {
-        sse[i] = pq_kmeans_assign(x + i * n * dsub, n, dsub, dsub, centroids + i * ksub * dsub, ksub, codes ? codes + i * n : nullptr,
-                                  sums + i * ksub * dsub, counts + i * ksub);
+        pq_kmeans_assign(x + i * n * dsub, n, dsub, dsub, centroids + i * ksub * dsub, ksub, codes ? codes + i * n : nullptr,
+                         dists ? dists + i * n : nullptr, sums + i * ksub * dsub, counts + i * ksub, costs + i * ksub);
     });
-    double total = 0.0; // summed in order: the same whatever the number of threads
-    for (int64_t i = 0; i < n_problems; i++) {
-        total += sse[i];
-    }
-    return total;
+    return 0;
 }
 
 void million_pq_f16_to_float(const void * src, float * dst, int64_t n) {

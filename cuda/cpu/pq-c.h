@@ -25,11 +25,10 @@ PQ_API void million_pq_attn  (const struct pq_attn_params   * p, int n_threads);
 PQ_API size_t million_pq_attn_params_bytes(void);
 
 // pq_kmeans_assign() for many problems of one shape. Contiguous: x f32 [n_problems][n][dsub], centroids f32 [n_problems][ksub][dsub],
-// codes u8 [n_problems][n] or NULL, sums f64 [n_problems][ksub][dsub], counts i64 [n_problems][ksub], sse f64 [n_problems] or NULL.
-// Returns the sum of sse. dsub is 2 or 4, ksub 1 to 256; NaN when they are not.
-PQ_API double million_pq_kmeans_assign_many(const float * x, int64_t n_problems, int64_t n, int32_t dsub, const float * centroids,
-                                            int32_t ksub, uint8_t * codes, double * sums, int64_t * counts, double * sse,
-                                            int n_threads);
+// codes u8 [n_problems][n] or NULL, dists f32 [n_problems][n] or NULL, sums f64 [n_problems][ksub][dsub], counts i64 [n_problems][ksub],
+// costs f64 [n_problems][ksub]. Returns 0, or -1 when dsub is not 2 or 4, or ksub not 1 to 256.
+PQ_API int million_pq_kmeans_assign_many(const float * x, int64_t n_problems, int64_t n, int32_t dsub, const float * centroids, int32_t ksub,
+                                         uint8_t * codes, float * dists, double * sums, int64_t * counts, double * costs, int n_threads);
 
 // pq_attn_side::to_float for f16 and f32 rows
 PQ_API void million_pq_f16_to_float(const void * src, float * dst, int64_t n);

@@ -141,7 +141,7 @@ void pq_attn_reduce_item(const pq_attn_params * p, int64_t item, void * partials
     pq_kernels_current()->attn_reduce_item(p, item, partials, scratch);
 }
 
-double pq_kmeans_assign(const float * x, int64_t n, int64_t x_stride, int32_t dsub, const float * centroids,
-                        int32_t ksub, uint8_t * codes, double * sums, int64_t * counts) {
-    return pq_kernels_current()->kmeans_assign(x, n, x_stride, dsub, centroids, ksub, codes, sums, counts);
+void pq_kmeans_assign(const float * x, int64_t n, int64_t x_stride, int32_t dsub, const float * centroids, int32_t ksub,
+                      uint8_t * codes, float * dists, double * sums, int64_t * counts, double * costs) {
+    pq_kernels_current()->kmeans_assign(x, n, x_stride, dsub, centroids, ksub, codes, dists, sums, counts, costs);
 }

@@ -54,12 +54,12 @@ PQ_API void    pq_attn_reduce_item   (const struct pq_attn_params * p, int64_t i
 
 // ---- k-means ----
 
-// One assignment pass of Lloyd's algorithm: code[i] = nearest of the ksub centroids (ties to the lowest), and per
-// centroid the sum (f64) and number of its points. Returns the sum of squared distances.
-// x f32 [n][dsub] with `x_stride` floats between points; centroids f32 [ksub][dsub]; sums f64 [ksub][dsub];
-// counts i64 [ksub]; codes u8 [n] or NULL. dsub is 2 or 4.
-PQ_API double pq_kmeans_assign(const float * x, int64_t n, int64_t x_stride, int32_t dsub, const float * centroids,
-                               int32_t ksub, uint8_t * codes, double * sums, int64_t * counts);
+// One assignment pass of Lloyd's algorithm: code[i] = nearest of the ksub centroids (ties to the lowest), dists[i] its squared distance,
+// and per centroid the sum and number of its points and the sum of their squared distances.
+// x f32 [n][dsub] with `x_stride` floats between points; centroids f32 [ksub][dsub]; codes u8 [n] or NULL; dists f32 [n] or NULL;
+// sums f64 [ksub][dsub]; counts i64 [ksub]; costs f64 [ksub]. dsub is 2 or 4.
+PQ_API void pq_kmeans_assign(const float * x, int64_t n, int64_t x_stride, int32_t dsub, const float * centroids, int32_t ksub,
+                             uint8_t * codes, float * dists, double * sums, int64_t * counts, double * costs);
 
 #ifdef __cplusplus
 }

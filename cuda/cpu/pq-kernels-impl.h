@@ -1505,8 +1505,8 @@ PQ_INLINE void nearest_groups(const float * x, const float * centroids, int64_t 
 }
 
 template <int DSUB>
-double kmeans_assign_dsub(const float * x, int64_t n, int64_t x_stride, const float * centroids, int32_t ksub, uint8_t * codes,
-                          double * sums, int64_t * counts) {
+void kmeans_assign_dsub(const float * x, int64_t n, int64_t x_stride, const float * centroids, int32_t ksub, uint8_t * codes,
+                        float * dists, double * sums, int64_t * counts, double * costs) {
     constexpr int R      = 8 / DSUB; // of AVX2's 16 registers 8 hold points, R minima, and the others a centroid
     constexpr int POINTS = R * V::N;
     float rows[PQ_KSUB * (DSUB + 1)];    // [ksub][DSUB + 1], for nearest_groups()
@@ -1529,7 +1529,7 @@ double kmeans_assign_dsub(const float * x, int64_t n, int64_t x_stride, const fl
     }
     memset(sums,   0, (size_t) ksub * DSUB * sizeof(double));
     memset(counts, 0, (size_t) ksub * sizeof(int64_t));
-    double sse = 0.0;
+    memset(costs,  0, (size_t) ksub * sizeof(double));
     for (int64_t i0 = 0; i0 < n; i0 += POINTS) {
         float lanes[DSUB * POINTS], group[POINTS], bound[POINTS];
         for (int64_t i = 0; i < POINTS; i++) {
@@ -1574,19 +1574,21 @@ double kmeans_assign_dsub(const float * x, int64_t n, int64_t x_stride, const fl
                 sums[code * DSUB + e] += point[e];
             }
             counts[code]++;
-            sse += dist;
+            costs[code] += dist;
             if (codes) {
                 codes[i0 + i] = (uint8_t) code;
             }
+            if (dists) {
+                dists[i0 + i] = dist;
+            }
         }
     }
-    return sse;
 }
 
-double kmeans_assign(const float * x, int64_t n, int64_t x_stride, int32_t dsub, const float * centroids, int32_t ksub, uint8_t * codes,
-                     double * sums, int64_t * counts) {
-    return dsub == 2 ? kmeans_assign_dsub<2>(x, n, x_stride, centroids, ksub, codes, sums, counts)
-                     : kmeans_assign_dsub<4>(x, n, x_stride, centroids, ksub, codes, sums, counts);
+void kmeans_assign(const float * x, int64_t n, int64_t x_stride, int32_t dsub, const float * centroids, int32_t ksub, uint8_t * codes,
+                   float * dists, double * sums, int64_t * counts, double * costs) {
+    const auto run = dsub == 2 ? kmeans_assign_dsub<2> : kmeans_assign_dsub<4>;
+    run(x, n, x_stride, centroids, ksub, codes, dists, sums, counts, costs);
 }
 
 const pq_kernels table = { PQ_TABLE_NAME, encode_item, decode_item, attn_item, attn_reduce_item, kmeans_assign };

@@ -16,8 +16,8 @@ struct pq_kernels {
     void   (*decode_item)     (const pq_decode_params * p, int64_t item, void * scratch);
     void   (*attn_item)       (const pq_attn_params * p, int64_t item, void * partials, void * scratch);
     void   (*attn_reduce_item)(const pq_attn_params * p, int64_t item, void * partials, void * scratch);
-    double (*kmeans_assign)   (const float * x, int64_t n, int64_t x_stride, int32_t dsub, const float * centroids,
-                               int32_t ksub, uint8_t * codes, double * sums, int64_t * counts);
+    void   (*kmeans_assign)   (const float * x, int64_t n, int64_t x_stride, int32_t dsub, const float * centroids, int32_t ksub,
+                               uint8_t * codes, float * dists, double * sums, int64_t * counts, double * costs);
 };
 
 // NULL when the file was compiled without its instruction set (another architecture, an old compiler).

@@ -1080,24 +1080,27 @@ static void test_kmeans() {
                 for (float & f : c) { f = r.normal(); }
                 std::vector<uint8_t> first;
                 std::vector<double>  first_sums;
-                double first_sse = 0.0;
+                std::vector<double>  first_costs;
                 for (const std::string & name : simd) {
                     pq_cpu_simd_set(name.c_str());
                     std::vector<uint8_t> codes((size_t) P * n + 1, 0xee);
-                    std::vector<double>  sums(c.size(), -1.0), sse(P);
+                    std::vector<float>   dists((size_t) P * n + 1, -1.0f);
+                    std::vector<double>  sums(c.size(), -1.0), costs((size_t) P * ksub, -1.0);
                     std::vector<int64_t> counts((size_t) P * ksub, -1);
-                    const double total = million_pq_kmeans_assign_many(x.data(), P, n, dsub, c.data(), ksub, codes.data(), sums.data(),
-                                                                       counts.data(), sse.data(), 2);
-                    const double again = million_pq_kmeans_assign_many(x.data(), P, n, dsub, c.data(), ksub, nullptr, sums.data(),
-                                                                       counts.data(), nullptr, 1);
-                    check(total == again, "k-means: two calls differ");
+                    million_pq_kmeans_assign_many(x.data(), P, n, dsub, c.data(), ksub, codes.data(), dists.data(), sums.data(), counts.data(),
+                                                  costs.data(), 2);
+                    const std::vector<double> before = costs;
+                    million_pq_kmeans_assign_many(x.data(), P, n, dsub, c.data(), ksub, nullptr, nullptr, sums.data(), counts.data(),
+                                                  costs.data(), 1);
+                    check(costs == before, "k-means: two calls differ");
                     if (name == simd[0]) {
                         first      = codes;
                         first_sums = sums;
-                        first_sse  = total;
+                        first_costs = costs;
                         std::vector<double>  ref_sums(c.size(), 0.0);
                         std::vector<int64_t> ref_counts((size_t) P * ksub, 0);
-                        double ref_sse = 0.0;
+                        std::vector<double>  ref_costs(costs.size(), 0.0);
+                        int n_off = 0;
                         int n_far = 0;
                         for (int p = 0; p < P; p++) {
                             for (int i = 0; i < n; i++) {
@@ -1115,7 +1118,8 @@ static void test_kmeans() {
                                 }
                                 const int code = codes[(size_t) p * n + i];
                                 n_far   += code >= ksub || dist(code) > best * (1 + 1e-5) + 1e-9;
-                                ref_sse += best;
+                                ref_costs[(size_t) p * ksub + code] += best;
+                                n_off += !(std::fabs(dists[(size_t) p * n + i] - best) <= 1e-5 * best + 1e-9);
                                 ref_counts[(size_t) p * ksub + code]++;
                                 for (int e = 0; e < dsub; e++) {
                                     ref_sums[((size_t) p * ksub + code) * dsub + e] += x[((size_t) p * n + i) * dsub + e];
@@ -1124,10 +1128,15 @@ static void test_kmeans() {
                         }
                         check(n_far == 0, "k-means: %d points of %d are not with their nearest centroid", n_far, P * n);
                         check(ref_counts == counts && ref_sums == sums, "k-means: sums or counts are wrong, dsub %d ksub %d n %d", dsub, ksub, n);
-                        check(std::fabs(ref_sse - total) <= 1e-5 * ref_sse, "k-means: sse %g, needs %g", total, ref_sse);
+                        check(n_off == 0, "k-means: %d of %d squared distances are off", n_off, P * n);
+                        n_off = 0;
+                        for (size_t k = 0; k < costs.size(); k++) {
+                            n_off += !(std::fabs(costs[k] - ref_costs[k]) <= 1e-5 * ref_costs[k] + 1e-9);
+                        }
+                        check(n_off == 0, "k-means: the squared distances of %d centroids are off", n_off);
                     }
-                    check(codes == first && sums == first_sums && total == first_sse, "k-means of %s differs from %s's", name.c_str(), simd[0].c_str());
-                    check(codes.back() == 0xee, "k-means wrote past its end");
+                    check(codes == first && sums == first_sums && costs == first_costs, "k-means of %s differs from %s's", name.c_str(), simd[0].c_str());
+                    check(codes.back() == 0xee && dists.back() == -1.0f, "k-means wrote past its end");
                 }
             }
         }
@@ -1171,9 +1180,9 @@ static void test_kmeans_ties() {
             for (const std::string & name : simd_names()) {
                 pq_cpu_simd_set(name.c_str());
                 std::vector<uint8_t> codes(n);
-                std::vector<double>  sums(c.size());
+                std::vector<double>  sums(c.size()), costs(ksub);
                 std::vector<int64_t> counts(ksub);
-                pq_kmeans_assign(x.data(), n, dsub, dsub, c.data(), ksub, codes.data(), sums.data(), counts.data());
+                pq_kmeans_assign(x.data(), n, dsub, dsub, c.data(), ksub, codes.data(), nullptr, sums.data(), counts.data(), costs.data());
                 int n_wrong = 0;
                 for (int i = 0; i < n; i++) {
                     n_wrong += codes[i] != want[i];
@@ -1438,9 +1447,9 @@ static void bench(const char * filter) {
             std::vector<float> x((size_t) n * dsub), cen((size_t) ksub * dsub);
             for (float & f : x)   { f = r.normal(); }
             for (float & f : cen) { f = r.normal(); }
-            std::vector<double>  sums(cen.size());
+            std::vector<double>  sums(cen.size()), costs(ksub);
             std::vector<int64_t> counts(ksub);
-            const timing t = time_ns([&] { pq_kmeans_assign(x.data(), n, dsub, dsub, cen.data(), ksub, nullptr, sums.data(), counts.data()); });
+            const timing t = time_ns([&] { pq_kmeans_assign(x.data(), n, dsub, dsub, cen.data(), ksub, nullptr, nullptr, sums.data(), counts.data(), costs.data()); });
             printf("k-means dsub %d ksub 256: %6.2f ns per point [%.2f, %.2f]\n", dsub, t.median / n, t.low / n, t.high / n);
         }
     }
