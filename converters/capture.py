@@ -39,9 +39,7 @@ class Capture:
 
     def __init__(self, n_rows_max: int, query_step: int, seed: int, n_threads: int) -> None:
         self._lib = native.lib()
-        self._handle = self._lib.million_capture_init(
-            n_rows_max, query_step, seed & 0xFFFF_FFFF_FFFF_FFFF, n_threads
-        )
+        self._handle = self._lib.million_capture_init(n_rows_max, query_step, seed & 0xFFFF_FFFF_FFFF_FFFF, n_threads)
         if not self._handle:
             raise NativeError(f"not enough memory to keep {n_rows_max} rows per layer: lower the memory budget")
 

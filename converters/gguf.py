@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .capture import Capture
 
 DEFAULT_TYPES = tuple(PQ_TYPES)
-DEFAULT_TOKENS = 32768
+# More are a little better. By estimate 131072 bring ref-33m to the five minutes that two cores may take.
+DEFAULT_TOKENS = 65536
 DEFAULT_CTX = 2048
 DEFAULT_TEXT = "calibration.txt"
 
