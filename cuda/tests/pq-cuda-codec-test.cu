@@ -64,7 +64,8 @@ static std::vector<uint8_t> make_codebook(int D, int n_head_kv, bool has_transfo
             ((__half *) (block + l.T_inv))[i] = __float2half(normal() / sqrtf((float) D));
         }
         for (int i = 0; i < D * PQ_KSUB; i++) {
-            ((__half *) (block + l.centroids))[i] = __float2half(normal());
+            const int c = i % (2 * PQ_KSUB); // of 512 halves the last 112 repeat others: centroids that are equally near
+            ((__half *) (block + l.centroids))[i] = c < 400 ? __float2half(normal()) : ((const __half *) (block + l.centroids))[i - 200];
         }
     }
     return blocks;
@@ -110,10 +111,10 @@ struct encode_side {
                 v *= 1000;
             } else if (c.values == side_case::NAN_ROWS && i % 4099 == 7) {
                 v = i % 2 ? NAN : INFINITY;
-            } else if (c.values == side_case::ON_CENTROIDS) { // and, where centroids repeat, ties
+            } else if (c.values == side_case::ON_CENTROIDS) { // of which some repeat others
                 const int j = i % c.D;
                 const uint8_t * block = codebook.data() + i / c.D % c.n_head_kv * l.head_bytes;
-                const int code = i / c.D % PQ_KSUB;
+                const int code = (200 + 37 * (i / c.D)) % PQ_KSUB; // also with a few rows some that repeat
                 v = ((const float *) (block + l.mu))[j] +
                     __half2float(((const __half *) (block + l.centroids))[(j / dsub * PQ_KSUB + code) * dsub + j % dsub]);
             }
@@ -719,7 +720,9 @@ static void test(bool quick) {
                 test_encode({ { type, D, 2, has_transform, true, false, side_case::NORMAL } }, 129);
                 test_encode({ { type, D, 1, has_transform, false, true, side_case::OUTLIERS } }, 129);
                 test_encode({ { type, D, 1, has_transform, false, true, side_case::NAN_ROWS } }, 129);
-                test_encode({ { type, D, 1, has_transform, false, false, side_case::ON_CENTROIDS } }, 257);
+                for (const int n_rows : { 5, 257 }) {
+                    test_encode({ { type, D, 1, has_transform, false, false, side_case::ON_CENTROIDS } }, n_rows);
+                }
             }
         }
         // K and V of a step in one call: the same shape, and all that may differ between them
