@@ -51,7 +51,8 @@ template <class T> struct device_array {
 };
 
 // Head blocks with normally distributed centroids; T is no inverse of T_inv, which neither direction minds.
-static std::vector<uint8_t> make_codebook(int D, int n_head_kv, bool has_transform) {
+// twins: some centroids repeat others, so that two are equally near
+static std::vector<uint8_t> make_codebook(int D, int n_head_kv, bool has_transform, bool twins = false) {
     const pq_codebook_layout l = pq_get_codebook_layout(D, has_transform);
     std::vector<uint8_t> blocks(l.head_bytes * n_head_kv, 0);
     for (int h = 0; h < n_head_kv; h++) {
@@ -64,8 +65,8 @@ static std::vector<uint8_t> make_codebook(int D, int n_head_kv, bool has_transfo
             ((__half *) (block + l.T_inv))[i] = __float2half(normal() / sqrtf((float) D));
         }
         for (int i = 0; i < D * PQ_KSUB; i++) {
-            const int c = i % (2 * PQ_KSUB); // of 512 halves the last 112 repeat others: centroids that are equally near
-            ((__half *) (block + l.centroids))[i] = c < 400 ? __float2half(normal()) : ((const __half *) (block + l.centroids))[i - 200];
+            const bool twin = twins && i % (2 * PQ_KSUB) >= 400; // of 512 halves the last 112
+            ((__half *) (block + l.centroids))[i] = twin ? ((const __half *) (block + l.centroids))[i - 200] : __float2half(normal());
         }
     }
     return blocks;
@@ -146,7 +147,7 @@ struct encode_side {
     }
 
     encode_side(const side_case & c, int n_rows)
-        : c(c), n_rows(n_rows), n_cells(2 * n_rows), codebook(make_codebook(c.D, c.n_head_kv, c.has_transform)),
+        : c(c), n_rows(n_rows), n_cells(2 * n_rows), codebook(make_codebook(c.D, c.n_head_kv, c.has_transform, c.values == side_case::ON_CENTROIDS)),
           x(make_x(c, n_rows, codebook)), codes(n_cells * c.n_head_kv * pq_head_bytes(c.type, c.D), 0xee),
           tail((size_t) n_rows * c.n_head_kv * c.D * sizeof(__half), 0x55), row_idx(make_cells(n_rows, n_cells)),
           tail_idx(make_slots(n_rows)), d_codebook(codebook), d_x(x), d_codes(codes), d_tail(tail), d_row_idx(row_idx),
