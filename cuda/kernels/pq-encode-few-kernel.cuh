@@ -39,20 +39,6 @@ inline pq_encode_sides pq_make_encode_sides(const pq_encode_params * params, int
     return sides;
 }
 
-// A code stands for DIMS elements: one subspace, or two of two elements each (pq3). Where two share it, a point of four dimensions has half of its
-// centroid in the table of each.
-template <int DIMS_, int DSUB_> struct pq_encode_kind {
-    static constexpr int DIMS   = DIMS_;
-    static constexpr int DSUB   = DSUB_;
-    static constexpr int TABLES = DIMS / DSUB;
-
-    // where element e of centroid c lies, counted from the first table
-    static __host__ __device__ constexpr int element(int c, int e) { return e / DSUB * (PQ_KSUB * DSUB) + c * DSUB + e % DSUB; }
-};
-typedef pq_encode_kind<2, 2> pq_encode_pair;        // pq4, and two of three codes of pq3
-typedef pq_encode_kind<4, 2> pq_encode_shared;      // the others of pq3
-typedef pq_encode_kind<4, 4> pq_encode_four;        // pq2
-
 // Codes of a strip, the shared ones last, as they lie in the cache: each stands for the elements from place() on.
 template <int TYPE> struct pq_encode_geom {
     static constexpr int N_SHARED = TYPE == PQ_TYPE_PQ3 ? PQ_ENCODE_STRIP / 8 : 0;

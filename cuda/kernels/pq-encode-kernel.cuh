@@ -268,6 +268,19 @@ __device__ __forceinline__ void pq_merge_best(int & best, int & second, int best
 
 constexpr uint32_t PQ_ENCODE_ONES = 0x3c003c00; // two halves
 
+// A code stands for DIMS elements: one subspace, or two of two elements each (pq3). Where two share it, a point of four dimensions has half of its
+// centroid in the table of each.
+template <int DIMS_, int DSUB_> struct pq_encode_kind {
+    static constexpr int DIMS = DIMS_;
+    static constexpr int DSUB = DSUB_;
+
+    // where element e of centroid c lies, counted from the first table
+    static __host__ __device__ constexpr int element(int c, int e) { return e / DSUB * (PQ_KSUB * DSUB) + c * DSUB + e % DSUB; }
+};
+typedef pq_encode_kind<2, 2> pq_encode_pair;   // pq4, and two of three codes of pq3
+typedef pq_encode_kind<4, 2> pq_encode_shared; // the others of pq3
+typedef pq_encode_kind<4, 4> pq_encode_four;   // pq2
+
 // The codes of a warp: two of pairs, or one of four elements, which take as long and as many registers. f(kind, number, code)
 template <int TYPE, class F>
 __device__ __forceinline__ void pq_encode_codes_of_warp(int warp, F f) {
