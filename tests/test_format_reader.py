@@ -69,22 +69,25 @@ def read_blob(text: str, name: str) -> list[Head]:
     return heads
 
 
-def code_of(name: str, m: int) -> int:
-    """Which byte is the code of subspace m."""
-    return 3 * (m // 4) + min(m % 4, 2) if name == "pq3" else m
+def code_of(name: str, M: int, m: int) -> int:
+    """Which byte is the code of subspace m of M."""
+    if name != "pq3":
+        return m
+    return 2 * (m // 4) + m % 4 if m % 4 < 2 else M // 2 + m // 4
 
 
 def decode(head: Head, name: str, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    y = np.concatenate([centroids[codes[code_of(name, m)]] for m, centroids in enumerate(head.centroids)])
+    M = len(head.centroids)
+    y = np.concatenate([centroids[codes[code_of(name, M, m)]] for m, centroids in enumerate(head.centroids)])
     return y @ head.T_inv + head.mu
 
 
 def encode(head: Head, name: str, x: npt.NDArray[np.float32]) -> list[int]:
     y = (x.astype(np.float16).astype(np.float64) - head.mu) @ head.T
     M, _, dsub = head.centroids.shape
-    total = np.zeros((code_of(name, M - 1) + 1, 256))
+    total = np.zeros((code_of(name, M, M - 1) + 1, 256))
     for m, centroids in enumerate(head.centroids):
-        total[code_of(name, m)] += ((centroids - y[m * dsub : (m + 1) * dsub]) ** 2).sum(axis=1)
+        total[code_of(name, M, m)] += ((centroids - y[m * dsub : (m + 1) * dsub]) ** 2).sum(axis=1)
     return [int(code) for code in total.argmin(axis=1)]  # the lowest of equals
 
 
@@ -140,7 +143,8 @@ def test_codes_mean_the_same(file: Path, name: str, side: str) -> None:
     for layer in (0, 2):
         heads = read_blob(blobs[layer], name)
         codebook = getattr(ours, side)[layer]
-        n_codes = code_of(name, len(heads[0].centroids) - 1) + 1
+        M = len(heads[0].centroids)
+        n_codes = code_of(name, M, M - 1) + 1
         assert (len(heads), n_codes) == (codebook.n_head_kv, codebook.head_bytes)
 
         rng = np.random.default_rng(layer)
