@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .capture import Capture
 
 DEFAULT_TYPES = tuple(PQ_TYPES)
-# More are a little better. By estimate 131072 bring ref-33m to the five minutes that two cores may take.
+# More are a little better. With these ref-33m takes just under five minutes on two slow cores (docs/calibration.md).
 DEFAULT_TOKENS = 65536
 DEFAULT_CTX = 2048
 DEFAULT_TEXT = "calibration.txt"

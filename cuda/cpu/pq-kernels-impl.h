@@ -25,8 +25,8 @@ using V8 = pq_vec8;
 
 constexpr int64_t PW = 2 * V::N; // panel width: columns of one micro-kernel
 
-// Compile-time geometry of a type; pq_get_spec() is the same at run time. Every 8 elements have CODES codes. Where N_SHARE
-// subspaces share a code, that is the last of them.
+// Compile-time geometry of a type; pq_get_spec() is the same at run time. Every 8 elements have CODES codes. N_SHARE subspaces have
+// a code that is shared; 1: none is.
 template <int TYPE> struct geom;
 template <> struct geom<PQ_TYPE_PQ4> { enum { DSUB = 2, CODES = 4, N_SHARE = 1 }; };
 template <> struct geom<PQ_TYPE_PQ3> { enum { DSUB = 2, CODES = 3, N_SHARE = 2 }; };

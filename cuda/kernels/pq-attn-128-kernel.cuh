@@ -839,6 +839,7 @@ struct tile_source {
                 }
             }
         } else {
+            // worked out anew and without a sign: `lane` behind pq_opaque() may be negative for all that the compiler knows, which takes it more instructions
             const uint32_t first = i * TILE_128 + (uint32_t) pq_opaque((int) (threadIdx.x % PQ_WARP)) / N;
             const bool     later = STEP && one_line && threadIdx.x % N >= 2;
 #pragma unroll
