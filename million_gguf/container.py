@@ -44,7 +44,7 @@ _BLOB_VERSION = 2
 _BLOB_HEADER = struct.Struct(
     "<4sI6HIII"
 )  # magic, version, D, n_head_kv, M, dsub, bytes of codes per head, flags, payload bytes, crc32, 0
-_BLOB_TRANSFORM = 1  # flag: a transform is stored
+_BLOB_TRANSFORM, _BLOB_ANISO = 1, 2  # flags: a transform is stored; an anisotropy is (K only)
 # What is recorded per layer and KV head beside each codebook, for people: no program needs it to run the model.
 # Errors are squared error over squared deviation in y, where an error costs what it costs the model (transform.py).
 HEAD_FIGURES = {
@@ -349,9 +349,9 @@ def _io_errors(path: Path, what: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def payload_bytes(spec: PQSpec, D: int, n_head_kv: int, has_transform: bool) -> int:
-    """Bytes of a blob's payload: per head mu f32 [D], T f16 [D][D] when there is one, centroids f16 [M][ksub][dsub]."""
-    return n_head_kv * (4 * D + (2 * D * D if has_transform else 0) + 2 * D * spec.ksub)
+def payload_bytes(spec: PQSpec, D: int, n_head_kv: int, has_transform: bool, has_aniso: bool = False) -> int:
+    """Bytes of a blob's payload: per head mu f32 [D], T f16 [D][D] and aniso f32 [D] when there are, centroids f16 [M][ksub][dsub]."""
+    return n_head_kv * (4 * D + (2 * D * D if has_transform else 0) + (4 * D if has_aniso else 0) + 2 * D * spec.ksub)
 
 
 def codebook_to_blob(cb: Codebook) -> bytes:
@@ -366,9 +366,11 @@ def codebook_to_blob(cb: Codebook) -> bytes:
         parts.append(cb.mu[h].astype("<f4").tobytes())
         if cb.T is not None:
             parts.append(cb.T[h].astype("<f2").tobytes())
+        if cb.aniso is not None:
+            parts.append(cb.aniso[h].astype("<f4").tobytes())
         parts.append(cb.centroids[h].astype("<f2").tobytes())
     payload = b"".join(parts)
-    flags = 0 if cb.T is None else _BLOB_TRANSFORM
+    flags = (0 if cb.T is None else _BLOB_TRANSFORM) | (0 if cb.aniso is None else _BLOB_ANISO)
     s = cb.spec
     head = _BLOB_HEADER.pack(
         _BLOB_MAGIC,
@@ -399,9 +401,9 @@ def blob_to_codebook(blob: bytes, spec: PQSpec, where: str = "codebook") -> Code
         raise FormatError(f"{where}: found magic {magic!r}, need {_BLOB_MAGIC!r}: {_RECALIBRATE}")
     if version != _BLOB_VERSION:
         raise _other_version(f"{where}: found blob version", version, _BLOB_VERSION)
-    if flags & ~_BLOB_TRANSFORM or zero != 0:
+    if flags & ~(_BLOB_TRANSFORM | _BLOB_ANISO) or zero != 0:
         raise FormatError(
-            f"{where}: found flags {flags:#x} and reserved {zero}, need flags 0 or 1 and 0: {_RECALIBRATE}"
+            f"{where}: found flags {flags:#x} and reserved {zero}, need flags 0 to 3 and 0: {_RECALIBRATE}"
         )
     if n_head_kv == 0:
         raise FormatError(f"{where}: found 0 KV heads, need at least 1: {_RECALIBRATE}")
@@ -416,8 +418,8 @@ def blob_to_codebook(blob: bytes, spec: PQSpec, where: str = "codebook") -> Code
         )
     if spec.n_subspaces(D) != M:
         raise FormatError(f"{where}: found M {M} for head size {D}, need {spec.n_subspaces(D)}: {_RECALIBRATE}")
-    has_transform = bool(flags & _BLOB_TRANSFORM)
-    want = payload_bytes(spec, D, n_head_kv, has_transform)
+    has_transform, has_aniso = bool(flags & _BLOB_TRANSFORM), bool(flags & _BLOB_ANISO)
+    want = payload_bytes(spec, D, n_head_kv, has_transform, has_aniso)
     have = len(blob) - _BLOB_HEADER.size
     if n != want or have != want:
         raise FormatError(f"{where}: found {have} payload bytes and {n} announced, need {want}: {_RECALIBRATE}")
@@ -430,6 +432,7 @@ def blob_to_codebook(blob: bytes, spec: PQSpec, where: str = "codebook") -> Code
     rows = np.frombuffer(payload, dtype=np.uint8).reshape(n_head_kv, want // n_head_kv)
     end_mu = 4 * D
     end_T = end_mu + (2 * D * D if has_transform else 0)
+    end_aniso = end_T + (4 * D if has_aniso else 0)
 
     def part(start: int, end: int, dtype: str, native: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
         raw = np.ascontiguousarray(rows[:, start:end]).view(dtype)
@@ -440,7 +443,8 @@ def blob_to_codebook(blob: bytes, spec: PQSpec, where: str = "codebook") -> Code
         spec,
         mu=part(0, end_mu, "<f4", np.float32, D),
         T=part(end_mu, end_T, "<f2", np.float16, D, D) if has_transform else None,
-        centroids=part(end_T, rows.shape[1], "<f2", np.float16, M, spec.ksub, spec.dsub),
+        centroids=part(end_aniso, rows.shape[1], "<f2", np.float16, M, spec.ksub, spec.dsub),
+        aniso=part(end_T, end_aniso, "<f4", np.float32, D) if has_aniso else None,
     )
     _check_values(cb, where)
     return cb
@@ -452,7 +456,7 @@ def _other_version(found: str, version: int, need: int) -> FormatError:
 
 
 def _check_values(cb: Codebook, where: str) -> None:
-    for name, a in (("mu", cb.mu), ("T", cb.T), ("centroids", cb.centroids)):
+    for name, a in (("mu", cb.mu), ("T", cb.T), ("aniso", cb.aniso), ("centroids", cb.centroids)):
         if a is not None and not np.isfinite(a).all():
             raise FormatError(f"{where}: found {name} with NaN or infinity, need finite values: {_RECALIBRATE}")
     if cb.T is not None:
@@ -552,6 +556,8 @@ class CodebookSet:
                 for what, cb in (("K", k), ("V", v)):
                     if cb is not None and cb.spec.name != name:
                         raise MismatchError(f"blk.{i} {what}: found a codebook of {cb.spec.name} among those of {name}")
+                if v is not None and v.aniso is not None:
+                    raise MismatchError(f"blk.{i} V {name}: found an anisotropy, need none: only codes of K have one")
             if all(k is None for k in t.k):
                 raise MismatchError(f"{name}: found no layer with a codebook, need at least one")
 
@@ -979,5 +985,6 @@ def codebook_bytes(codebooks: Mapping[str, TypeCodebooks]) -> int:
     for t in codebooks.values():
         for cb in (*t.k, *t.v):
             if cb is not None:
-                n += (_BLOB_HEADER.size + payload_bytes(cb.spec, cb.D, cb.n_head_kv, cb.T is not None) + 2) // 3 * 4
+                n_payload = payload_bytes(cb.spec, cb.D, cb.n_head_kv, cb.T is not None, cb.aniso is not None)
+                n += (_BLOB_HEADER.size + n_payload + 2) // 3 * 4
     return n

@@ -11,6 +11,10 @@ layer and KV head (``docs/format.md``, section *Codes*)::
 
 A code that two subspaces share (pq3) is nearest by the sum of both distances: of centroids with one index, side by side.
 
+Codes of K may be anisotropic instead of nearest (after Guo et al., "Accelerating Large-Scale Inference with Anisotropic Vector
+Quantization", ICML 2020): the queries that look for a key lie along some direction d, and an error along d changes their scores
+more than another does. Here d = aniso * y, element by element, and ``encode_y`` has the rest.
+
 Rows are rounded to f16 before anything else, to nearest even: the codes are those of the row that an f16 cache would hold, and
 may as well be made later, from the exact tail. T^-1 is the inverse of the stored T, rounded to f16.
 """
@@ -26,6 +30,10 @@ import numpy.typing as npt
 from .errors import MismatchError
 from .spec import PQSpec
 
+# An error e of a strip (a run of so many elements of y; the last of a head may be shorter) costs |e|^2 + ANISO_WEIGHT (e.d)^2 / |d|^2.
+ANISO_STRIP = 32
+ANISO_WEIGHT = 3.0
+
 # Elements of the largest temporary array: 2**24 float64 are 128 MiB.
 _CHUNK_ELEMS = 1 << 24
 
@@ -39,6 +47,8 @@ class Codebook:
         mu: f32 ``[n_head_kv, D]``.
         T: f16 ``[n_head_kv, D, D]``, or None for the identity. ``y = (x - mu) @ T[head]``.
         centroids: f16 ``[n_head_kv, M, ksub, dsub]``.
+        aniso: f32 ``[n_head_kv, D]``, or None: codes are nearest, as with zeros. K only. The direction in which errors of y cost
+            more than others is ``aniso * y``, so only the ratios between the elements of a head count.
 
     Raises MismatchError when shapes or dtypes disagree with each other or with ``spec``. Whether values are finite and
     ``T`` is invertible is checked where codebooks enter: ``container.blob_to_codebook`` and ``codebook.train_side``.
@@ -48,6 +58,7 @@ class Codebook:
     mu: npt.NDArray[np.float32]
     T: npt.NDArray[np.float16] | None
     centroids: npt.NDArray[np.float16]
+    aniso: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if self.mu.ndim != 2 or self.mu.shape[0] < 1:
@@ -57,10 +68,11 @@ class Codebook:
             "mu": ((self.n_head_kv, self.D), np.float32),
             "T": ((self.n_head_kv, self.D, self.D), np.float16),
             "centroids": ((self.n_head_kv, M, self.spec.ksub, self.spec.dsub), np.float16),
+            "aniso": ((self.n_head_kv, self.D), np.float32),
         }
         for name, (shape, dtype) in want.items():
             a = getattr(self, name)
-            if a is None and name == "T":
+            if a is None and name in ("T", "aniso"):
                 continue
             if a.shape != shape or a.dtype != dtype:
                 raise MismatchError(
@@ -97,15 +109,17 @@ class Codebook:
 
     def equals(self, other: Codebook) -> bool:
         """True when both hold the same bits."""
-        same_T = (self.T is None) == (other.T is None) and (
-            self.T is None or other.T is None or self.T.tobytes() == other.T.tobytes()
-        )
+
+        def same(a: npt.NDArray[np.floating] | None, b: npt.NDArray[np.floating] | None) -> bool:
+            return a is b if a is None or b is None else a.tobytes() == b.tobytes()
+
         return (
             self.spec == other.spec
             and self.mu.shape == other.mu.shape
-            and self.mu.tobytes() == other.mu.tobytes()
-            and same_T
-            and self.centroids.tobytes() == other.centroids.tobytes()
+            and same(self.mu, other.mu)
+            and same(self.T, other.T)
+            and same(self.centroids, other.centroids)
+            and same(self.aniso, other.aniso)
         )
 
 
@@ -151,7 +165,7 @@ def code_distances(cb: Codebook, y: npt.NDArray[np.float64]) -> npt.NDArray[np.f
 
 
 def encode(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-    """Rows as the cache would store them -> codes, ties to the lowest: ``[n, n_head_kv, D]`` -> u8 ``[n, n_head_kv, head_bytes]``.
+    """Rows as the cache would store them -> codes (``encode_y``): ``[n, n_head_kv, D]`` -> u8 ``[n, n_head_kv, head_bytes]``.
 
     ``x`` is rounded to f16 first. Raises MismatchError when its shape is not that of the codebook.
     """
@@ -159,8 +173,69 @@ def encode(cb: Codebook, x: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     out = np.empty((x.shape[0], cb.n_head_kv, cb.head_bytes), dtype=np.uint8)
     step = max(1, _CHUNK_ELEMS // (cb.n_head_kv * cb.M * cb.spec.ksub))
     for i in range(0, x.shape[0], step):
-        # np.argmin returns the first of equal minima, which is the rule for ties.
-        out[i : i + step] = code_distances(cb, transform(cb, x[i : i + step])).argmin(axis=-1)
+        out[i : i + step] = encode_y(cb, transform(cb, x[i : i + step]))
+    return out
+
+
+def encode_y(cb: Codebook, y: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+    """y f64 ``[n, n_head_kv, D]`` -> codes u8 ``[n, n_head_kv, head_bytes]``.
+
+    The codes that cost least (``strip_costs``) cannot be found one by one, as those of a strip share their error along d. So a
+    strip has the nearest codes first, and then those nearest to where that error moves y (``moved``), if it costs less with them.
+    """
+    codes = nearest(cb, y)
+    if cb.aniso is None:
+        return codes
+    with np.errstate(over="ignore", invalid="ignore"):  # rows with infinities, whose nearest codes stay
+        others = nearest(cb, moved(cb, y, codes))
+        cheaper = strip_costs(cb, y, others) < strip_costs(cb, y, codes)
+    return np.where(cheaper[..., strip_of_code(cb)], others, codes)
+
+
+def nearest(cb: Codebook, y: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+    """Codes of the least distance, ties to the lowest: y f64 ``[n, n_head_kv, D]`` -> u8 ``[n, n_head_kv, head_bytes]``."""
+    # np.argmin returns the first of equal minima, which is the rule for ties.
+    return code_distances(cb, y).argmin(axis=-1).astype(np.uint8)
+
+
+def moved(cb: Codebook, y: npt.NDArray[np.float64], codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """y f64 ``[n, n_head_kv, D]``, moved against what the error of its codes has along d: of the same shape.
+
+    Each strip becomes ``y + w / (1 + w) (e.d) / |d|^2 d``, with w = ANISO_WEIGHT; one whose ``|d|^2`` is 0 or not finite stays.
+    """
+    if cb.aniso is None:
+        return y
+    e, d = y - decode_y(cb, codes), cb.aniso * y
+    norm = _strip_sums(d * d)
+    usable = np.isfinite(norm) & (norm > 0.0)
+    step = ANISO_WEIGHT / (1.0 + ANISO_WEIGHT) * _strip_sums(e * d) / np.where(usable, norm, 1.0)
+    strip = np.arange(cb.D) // ANISO_STRIP  # of each element
+    return np.where(usable[..., strip], y + step[..., strip] * d, y)
+
+
+def strip_costs(cb: Codebook, y: npt.NDArray[np.float64], codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """What codes of y cost, f64 ``[n, n_head_kv, n_strips]``: ``|e|^2 + ANISO_WEIGHT (e.d)^2 / |d|^2`` of each strip.
+
+    e = y - y^ is the error and d = aniso * y; without aniso, and where d = 0, the cost is ``|e|^2``.
+    """
+    e = y - decode_y(cb, codes)
+    if cb.aniso is None:
+        return _strip_sums(e * e)
+    d = cb.aniso * y
+    norm = _strip_sums(d * d)
+    return _strip_sums(e * e) + ANISO_WEIGHT * _strip_sums(e * d) ** 2 / np.where(norm > 0.0, norm, 1.0)
+
+
+def strip_of_code(cb: Codebook) -> npt.NDArray[np.intp]:
+    """Which strip of a head each code belongs to, ``[head_bytes]``. All elements of a code are in one."""
+    out = np.empty(cb.head_bytes, dtype=np.intp)
+    out[np.repeat(cb.spec.code_of_subspace(cb.D), cb.spec.dsub)] = np.arange(cb.D) // ANISO_STRIP
+    return out
+
+
+def _strip_sums(a: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Sums over the strips of a head: ``[n, n_head_kv, D]`` -> ``[n, n_head_kv, n_strips]``."""
+    out: npt.NDArray[np.float64] = np.add.reduceat(a, np.arange(0, a.shape[-1], ANISO_STRIP), axis=-1)
     return out
 
 

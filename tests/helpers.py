@@ -25,8 +25,13 @@ except ImportError:
 HEAD_SIZES = (64, 80, 96, 128, 192, 256)
 
 
-def make_codebook(name: str, D: int, n_head_kv: int, seed: int = 0, with_transform: bool = False) -> Codebook:
-    """Random codebook whose centroids cover standard normal rows; the transform is a rotation with uneven scales."""
+def make_codebook(
+    name: str, D: int, n_head_kv: int, seed: int = 0, with_transform: bool = False, with_aniso: bool = False
+) -> Codebook:
+    """Random codebook whose centroids cover standard normal rows; the transform is a rotation with uneven scales.
+
+    Its anisotropy has both signs, and zeros. Without it the rest is the same.
+    """
     rng = np.random.default_rng(seed)
     spec = PQ_TYPES[name]
     T = None
@@ -39,7 +44,37 @@ def make_codebook(name: str, D: int, n_head_kv: int, seed: int = 0, with_transfo
         mu=rng.standard_normal((n_head_kv, D)).astype(np.float32),
         T=T,
         centroids=rng.standard_normal(shape).astype(np.float16),
+        aniso=_aniso(rng, (n_head_kv, D)) if with_aniso else None,
     )
+
+
+def _aniso(rng: np.random.Generator, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    aniso = rng.standard_normal(shape) * (rng.random(shape) < 0.8)
+    return (aniso / np.abs(aniso).max(axis=1, keepdims=True)).astype(np.float32)
+
+
+def worked_by_hand() -> list[tuple[Codebook, list[int]]]:
+    """Codebooks of one head of 8, and the codes of a row of ones. ``aniso`` is 1, so d = y, and |d|^2 = 8.
+
+    Centroid 0 is 0.75 in every element: each has an error of 0.25, the cost is 8/16 + 3 (8/4)^2 / 8 = 2, and y moves to
+    1 + 0.75 (8/4) / 8 = 1.1875. Other centroids are far off, but for number 1 of some subspaces.
+    """
+    s = PQ_TYPES["pq4"]
+    cases = []
+    for subspaces, value, codes in (
+        # 1.5 is nearer to 1.1875 than 0.75 is. Cost: 2/4 + 6/16 + 3 (6/4 - 2/2)^2 / 8 = 0.96875
+        ([0], 1.5, [1, 0, 0, 0]),
+        # the same in all subspaces. Cost: 8/4 + 3 (8/2)^2 / 8 = 8, and 0 stays
+        ([0, 1, 2, 3], 1.5, [0, 0, 0, 0]),
+        # an error of -0.25 instead of 0.25 everywhere costs the same, and 0 stays
+        ([0, 1, 2, 3], 1.25, [0, 0, 0, 0]),
+        ([1, 3], 1.25, [0, 1, 0, 1]),
+    ):
+        centroids = np.full((1, 4, s.ksub, 2), 9.0, dtype=np.float16)
+        centroids[:, :, 0] = 0.75
+        centroids[:, subspaces, 1] = value
+        cases.append((Codebook(s, np.zeros((1, 8), np.float32), None, centroids, np.ones((1, 8), np.float32)), codes))
+    return cases
 
 
 def rows_for(cb: Codebook, n: int, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -96,14 +131,18 @@ def write_model(
 
 
 def make_set(
-    model: Path, names: Sequence[str] = ("pq4", "pq3", "pq2"), seed: int = 0, with_transform: bool = False
+    model: Path,
+    names: Sequence[str] = ("pq4", "pq3", "pq2"),
+    seed: int = 0,
+    with_transform: bool = False,
+    with_aniso: bool = False,
 ) -> container.CodebookSet:
-    """Random codebooks that fit ``model``; None for its layers without KV heads."""
+    """Random codebooks that fit ``model``, those of K with an anisotropy if wanted; None for its layers without KV heads."""
     shape = container.model_shape(model)
 
     def side(name: str, D: Sequence[int], salt: int) -> list[Codebook | None]:
         return [
-            make_codebook(name, D[i], n, seed=seed + 2 * i + salt, with_transform=with_transform) if n else None
+            make_codebook(name, D[i], n, seed + 2 * i + salt, with_transform, with_aniso and salt == 0) if n else None
             for i, n in enumerate(shape.n_head_kv)
         ]
 

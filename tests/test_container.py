@@ -10,6 +10,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,13 @@ def embedded(model: Path) -> Path:
 
 @given(
     name=st.sampled_from(TYPES), blocks=st.integers(1, 4), n_head_kv=st.integers(1, 3),
-    with_transform=st.booleans(), seed=st.integers(0, 1000),
+    with_transform=st.booleans(), with_aniso=st.booleans(), seed=st.integers(0, 1000),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_blob_round_trip(name: str, blocks: int, n_head_kv: int, with_transform: bool, seed: int) -> None:
-    cb = make_codebook(name, 8 * blocks, n_head_kv, seed, with_transform)
+def test_blob_round_trip(
+    name: str, blocks: int, n_head_kv: int, with_transform: bool, with_aniso: bool, seed: int
+) -> None:
+    cb = make_codebook(name, 8 * blocks, n_head_kv, seed, with_transform, with_aniso)
     blob = codebook_to_blob(cb)
     assert blob_to_codebook(blob, cb.spec).equals(cb)
     assert codebook_to_blob(blob_to_codebook(blob, cb.spec)) == blob
@@ -85,11 +88,26 @@ def test_blob_bytes_are_those_of_the_format() -> None:
     assert np.array_equal(np.frombuffer(head1, "<f2", -1, 64 + 512), cb.centroids[1].ravel())
 
 
+def test_an_anisotropy_lies_before_the_centroids() -> None:
+    for with_transform in (False, True):
+        cb = make_codebook("pq4", 16, 2, with_transform=with_transform, with_aniso=True)
+        blob = codebook_to_blob(cb)
+        assert struct.unpack_from("<IH", blob, 4)[0] == 2, "the version stays"
+        assert struct.unpack_from("<H", blob, 18) == (2 + with_transform,)
+        per_head = 16 * 4 + with_transform * 16 * 16 * 2 + 16 * 4 + 16 * 256 * 2
+        assert len(blob) == 32 + 2 * per_head
+        assert cb.aniso is not None
+        head1 = blob[32 + per_head :]
+        at = 64 + with_transform * 512
+        assert np.array_equal(np.frombuffer(head1, "<f4", 16, at), cb.aniso[1])
+        assert np.array_equal(np.frombuffer(head1, "<f2", -1, at + 64), cb.centroids[1].ravel())
+
+
 @given(data=st.data())
 @settings(max_examples=80, deadline=None)
 def test_a_damaged_blob_never_gets_through(data: st.DataObject) -> None:
     """Any single changed byte is refused: header fields are checked one by one, the payload by its CRC."""
-    cb = make_codebook("pq4", 8, 1, with_transform=data.draw(st.booleans()))
+    cb = make_codebook("pq4", 8, 1, with_transform=data.draw(st.booleans()), with_aniso=data.draw(st.booleans()))
     blob = bytearray(codebook_to_blob(cb))
     at = data.draw(st.one_of(st.integers(0, 31), st.integers(0, len(blob) - 1)))
     blob[at] ^= data.draw(st.integers(1, 255))
@@ -151,8 +169,21 @@ BLOBS: dict[str, tuple[Callable[[], bytes], type[Exception], str]] = {
         MismatchError,
         "dsub 2 and 3 bytes of codes per head, pq4",
     ),
-    "unknown flag": (lambda: header(good_blob(), 18, "<H", 2), FormatError, "flags 0x2"),
+    "unknown flag": (lambda: header(good_blob(), 18, "<H", 4), FormatError, "flags 0x4"),
+    "unknown flag beside others": (
+        lambda: header(good_blob(with_transform=True, with_aniso=True), 18, "<H", 0x8003),
+        FormatError,
+        "flags 0x8003",
+    ),
     "transform flag without one": (lambda: header(good_blob(), 18, "<H", 1), FormatError, "payload bytes"),
+    "anisotropy flag without one": (lambda: header(good_blob(), 18, "<H", 2), FormatError, "payload bytes"),
+    "anisotropy without its flag": (
+        lambda: header(good_blob(with_aniso=True), 18, "<H", 0),
+        FormatError,
+        "payload bytes",
+    ),
+    "truncated, with anisotropy": (lambda: good_blob(with_aniso=True)[:-1], FormatError, "payload bytes"),
+    "cut where the anisotropy is": (lambda: good_blob(with_aniso=True)[:70], FormatError, "found 38 payload bytes"),
     "announced length": (lambda: header(good_blob(), 20, "<I", 0xFFFFFFFF), FormatError, "payload bytes"),
     "crc": (lambda: header(good_blob(), 24, "<I", 1), FormatError, "CRC-32"),
     "reserved": (lambda: header(good_blob(), 28, "<I", 1), FormatError, "reserved"),
@@ -162,6 +193,16 @@ BLOBS: dict[str, tuple[Callable[[], bytes], type[Exception], str]] = {
     "NaN centroid": (lambda: payload(good_blob(), 32, "<e", float("nan")), FormatError, "centroids with NaN"),
     "infinite centroid": (lambda: payload(good_blob(), 34, "<e", float("-inf")), FormatError, "centroids with NaN"),
     "NaN in T": (lambda: payload(good_blob(with_transform=True), 32, "<e", float("nan")), FormatError, "T with NaN"),
+    "NaN in the anisotropy": (
+        lambda: payload(good_blob(with_aniso=True), 32, "<f", float("nan")),
+        FormatError,
+        "aniso with NaN",
+    ),
+    "infinite anisotropy": (
+        lambda: payload(good_blob(with_transform=True, with_aniso=True), 32 + 128 + 28, "<f", float("inf")),
+        FormatError,
+        "aniso with NaN",
+    ),
     "singular T": (singular, FormatError, "condition number"),
 }
 
@@ -181,16 +222,23 @@ def test_a_bad_codebook_is_not_written() -> None:
     centroids[0, 0, 0, 0] = np.inf
     with pytest.raises(MismatchError, match="finite"):
         codebook_to_blob(Codebook(cb.spec, cb.mu, None, centroids))
+    with pytest.raises(MismatchError, match="aniso with NaN"):
+        codebook_to_blob(Codebook(cb.spec, cb.mu, None, cb.centroids, np.full((1, 8), np.nan, np.float32)))
 
 
 # ---- file ----
 
 
 @pytest.mark.parametrize("names", [("pq4",), ("pq2", "pq4"), ("pq4", "pq3", "pq2")])
+@pytest.mark.parametrize("with_aniso", [False, True])
 @pytest.mark.parametrize("with_transform", [False, True])
-def test_round_trip(tmp_path: Path, model: Path, names: tuple[str, ...], with_transform: bool) -> None:
-    cs = make_set(model, names, with_transform=with_transform)
+def test_round_trip(
+    tmp_path: Path, model: Path, names: tuple[str, ...], with_transform: bool, with_aniso: bool
+) -> None:
+    cs = make_set(model, names, with_transform=with_transform, with_aniso=with_aniso)
     container.embed(model, tmp_path / "out.gguf", cs)
+    blobs = [b64(cb) for t in cs.types.values() for cb in (*t.k, *t.v) if cb is not None]
+    assert container.codebook_bytes(cs.types) == sum(map(len, blobs))
     assert_same_sets(container.read(tmp_path / "out.gguf"), cs)
     assert container.has_codebooks(tmp_path / "out.gguf")
     assert not container.has_codebooks(model)
@@ -498,6 +546,9 @@ CASES: dict[str, tuple[Callable[[], dict[str, bytes | None]], type[Exception], s
         lambda: change("pq4.v", VT.ARRAY, strings([b64(make_codebook("pq4", 8, 3))] * 2)), MismatchError, "3 KV heads"),
     "another type's blob": (
         lambda: change("pq4.k", VT.ARRAY, strings([b64(make_codebook("pq3", 8, 2))] * 2)), MismatchError, "3 bytes of codes"),
+    "anisotropy in V": (
+        lambda: change("pq4.v", VT.ARRAY, strings([b64(make_codebook(*K8)), b64(make_codebook(*K8, with_aniso=True))])),
+        FormatError, "blk.1 V pq4: found an anisotropy, need none.*calibrate again"),
     "error is NaN": (
         lambda: change("pq4.k.error", VT.ARRAY, floats([float("nan"), 0])), FormatError, "found error nan"),
     "error is negative": (lambda: change("pq4.v.error", VT.ARRAY, floats([-1.0, 0])), FormatError, "found error -1"),
@@ -668,6 +719,14 @@ def test_a_failing_disk_is_an_input_error(
     with pytest.raises(InputError, match=f"o.gguf: cannot write: {os.strerror(code)}"):
         container.embed(model, tmp_path / "o.gguf", make_set(model))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_anisotropy_in_v_is_not_written(model: Path) -> None:
+    cs = make_set(model, ("pq4",), with_aniso=True)
+    t = cs.types["pq4"]
+    assert all(cb is not None and cb.aniso is not None for cb in t.k)
+    with pytest.raises(MismatchError, match="blk.0 V pq4: found an anisotropy, need none"):
+        replace(cs, types={"pq4": replace(t, v=t.k)})
 
 
 def test_too_little_space_is_known_before_writing(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import pytest
 from gguf import GGUFReader
 from helpers import make_set, rows_for, write_model
 
-from million_gguf import container, native
+from million_gguf import container, native, pq_ref
 
 # ---- the reader: nothing below this line, up to the next one, may use million_gguf ----
 
@@ -33,6 +33,7 @@ class Head:
     mu: npt.NDArray[np.float64]  # [D]
     T: npt.NDArray[np.float64]  # [D][D]
     T_inv: npt.NDArray[np.float64]  # [D][D]
+    aniso: npt.NDArray[np.float64]  # [D]
     centroids: npt.NDArray[np.float64]  # [M][256][dsub]
 
 
@@ -50,7 +51,7 @@ def read_blob(text: str, name: str) -> list[Head]:
     assert (magic, version, zero) == (b"MPQB", 2, 0)
     assert (dsub, n_codes) == (TYPES[name], {"pq4": D // 2, "pq3": 3 * D // 8, "pq2": D // 4}[name])
     assert (M * dsub, len(payload), zlib.crc32(payload)) == (D, n_payload, crc)
-    assert flags in (0, 1)
+    assert flags in (0, 1, 2, 3)
     heads, at = [], 0
 
     def take(dtype: str, *shape: int) -> npt.NDArray[np.float64]:
@@ -63,9 +64,11 @@ def read_blob(text: str, name: str) -> list[Head]:
     for _ in range(n_head_kv):
         mu = take("<f4", D)
         T = take("<f2", D, D) if flags & 1 else np.eye(D)
+        aniso = take("<f4", D) if flags & 2 else np.zeros(D)
         centroids = take("<f2", M, 256, dsub)
-        heads.append(Head(mu, T, np.linalg.inv(T).astype(np.float16).astype(np.float64), centroids))
-    assert at == n_payload == n_head_kv * (4 * D + (2 * D * D if flags else 0) + 512 * D)
+        heads.append(Head(mu, T, np.linalg.inv(T).astype(np.float16).astype(np.float64), aniso, centroids))
+    optional = (2 * D * D if flags & 1 else 0) + (4 * D if flags & 2 else 0)
+    assert at == n_payload == n_head_kv * (4 * D + optional + 512 * D)
     return heads
 
 
@@ -82,13 +85,39 @@ def decode(head: Head, name: str, codes: npt.NDArray[np.uint8]) -> npt.NDArray[n
     return y @ head.T_inv + head.mu
 
 
-def encode(head: Head, name: str, x: npt.NDArray[np.float32]) -> list[int]:
-    y = (x.astype(np.float16).astype(np.float64) - head.mu) @ head.T
+def nearest(head: Head, name: str, y: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
     M, _, dsub = head.centroids.shape
     total = np.zeros((code_of(name, M, M - 1) + 1, 256))
     for m, centroids in enumerate(head.centroids):
         total[code_of(name, M, m)] += ((centroids - y[m * dsub : (m + 1) * dsub]) ** 2).sum(axis=1)
-    return [int(code) for code in total.argmin(axis=1)]  # the lowest of equals
+    return total.argmin(axis=1)  # the lowest of equals
+
+
+def encode(head: Head, name: str, x: npt.NDArray[np.float32]) -> list[int]:
+    y = (x.astype(np.float16).astype(np.float64) - head.mu) @ head.T
+    M, _, dsub = head.centroids.shape
+    codes = nearest(head, name, y)
+    for start in range(0, len(y), 32):
+        strip = slice(start, start + 32)
+        d = head.aniso[strip] * y[strip]
+        if not d.any():
+            continue
+
+        def error(codes: npt.NDArray[np.intp], strip: slice = strip) -> npt.NDArray[np.float64]:
+            chosen = [centroids[codes[code_of(name, M, m)]] for m, centroids in enumerate(head.centroids)]
+            return (y - np.concatenate(chosen))[strip]
+
+        def cost(e: npt.NDArray[np.float64], d: npt.NDArray[np.float64] = d) -> float:
+            return float(e @ e + 3 * (e @ d) ** 2 / (d @ d))
+
+        e = error(codes)
+        moved = y.copy()
+        moved[strip] += 0.75 * (e @ d / (d @ d)) * d
+        others = nearest(head, name, moved)
+        if cost(error(others)) < cost(e):
+            mine = [code_of(name, M, m) for m in range(start // dsub, min(start + 32, len(y)) // dsub)]
+            codes[mine] = others[mine]
+    return codes.tolist()
 
 
 def fnv_1a(data: bytes) -> str:
@@ -101,13 +130,18 @@ def fnv_1a(data: bytes) -> str:
 # ---- the comparison ----
 
 
-@pytest.fixture(params=[(8, False), (64, True), (80, True), (128, False)], ids=lambda p: f"D{p[0]}-T{int(p[1])}")
+@pytest.fixture(
+    params=[
+        (8, False, False), (64, True, False), (80, True, True), (128, False, False), (24, False, True), (128, True, True)
+    ],
+    ids=lambda p: f"D{p[0]}-T{int(p[1])}-A{int(p[2])}",
+)  # fmt: skip
 def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A model with codebooks of every type, and one layer without KV cache."""
-    D, with_transform = request.param
+    """A model with codebooks of every type, those of K with or without an anisotropy, and one layer without KV cache."""
+    D, with_transform, with_aniso = request.param
     model = write_model(tmp_path / "model.gguf", n_layer=3, n_head=4, n_head_kv=(2, 0, 1), D=D)
     path = tmp_path / "pq.gguf"
-    container.embed(model, path, make_set(model, with_transform=with_transform))
+    container.embed(model, path, make_set(model, with_transform=with_transform, with_aniso=with_aniso))
     return path
 
 
@@ -127,6 +161,19 @@ def test_metadata(file: Path) -> None:
     norms = {t.name: t.data for t in reader.tensors if t.name.endswith(".attn_norm.weight")}
     data = b"".join(norms[f"blk.{i}.attn_norm.weight"].astype("<f4").tobytes() for i in range(3))
     assert value(reader, "million.model_digest") == fnv_1a(data)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_codes_are_those_of_the_definition(file: Path, name: str) -> None:
+    blob = value(GGUFReader(file), f"million.{name}.k")[0]
+    heads, codebook = read_blob(blob, name), container.read(file).types[name].k[0]
+    assert codebook is not None
+    assert (codebook.aniso is not None) == any(head.aniso.any() for head in heads)
+    x = rows_for(codebook, 20)
+    codes = pq_ref.encode(codebook, x)
+    for row in range(len(x)):
+        for h, head in enumerate(heads):
+            assert encode(head, name, x[row, h]) == codes[row, h].tolist()
 
 
 @pytest.mark.native

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import HEAD_SIZES, make_codebook, nmse, rows_for
+from helpers import HEAD_SIZES, make_codebook, nmse, rows_for, worked_by_hand
 
 from million_gguf import container, native, pq_ref
 from million_gguf.errors import MismatchError, NativeError
@@ -64,9 +66,50 @@ def check_codes(cb: pq_ref.Codebook, x: np.ndarray, codes: np.ndarray) -> None:
     assert (excess <= 1e-5 * size[n, h]).all()
 
 
+# Squared distances in f32 are off by up to some 1e-7 (of 1 and more); two that differ by less than this are a tie.
+TIE = 2e-6
+
+
+def check_anisotropic_codes(cb: pq_ref.Codebook, x: np.ndarray, codes: np.ndarray) -> None:
+    """Strip by strip: nearest codes where the others cost no less, or else the others, where they cost no more.
+
+    A tie in the search of the nearest codes leads to other codes after it. So strips in which the reference has one are left out.
+    """
+    y = pq_ref.transform(cb, pq_ref.to_f16(x))
+    first = pq_ref.nearest(cb, y)
+    moved = pq_ref.moved(cb, y, first)
+    second = pq_ref.nearest(cb, moved)
+
+    def within_strips(ok: np.ndarray) -> np.ndarray:
+        """Whether all codes of a strip are: ``[n, n_head_kv, head_bytes]`` -> ``[n, n_head_kv, n_strips]``."""
+        out = np.ones((*ok.shape[:2], -(-cb.D // pq_ref.ANISO_STRIP)), dtype=bool)
+        np.logical_and.at(out, (..., pq_ref.strip_of_code(cb)), ok)
+        return out
+
+    def are_nearest(y: np.ndarray) -> np.ndarray:
+        d = pq_ref.code_distances(cb, y)
+        least, found = d.min(axis=-1), np.take_along_axis(d, codes[..., None].astype(np.intp), axis=-1)[..., 0]
+        return within_strips(found - least <= TIE * (1.0 + least))
+
+    def are_clear(y: np.ndarray) -> np.ndarray:
+        d = np.partition(pq_ref.code_distances(cb, y), 1, axis=-1)
+        return within_strips(d[..., 1] - d[..., 0] > TIE * (1.0 + d[..., 0]))
+
+    cost = {name: pq_ref.strip_costs(cb, y, c) for name, c in (("first", first), ("second", second), ("found", codes))}
+    slack = 1e-5 * (1.0 + cost["first"])
+    stayed = are_nearest(y) & ((cost["first"] <= cost["second"] + slack) | ~are_clear(moved))
+    went = are_nearest(moved) & (cost["found"] <= cost["first"] + slack)
+    clear = are_clear(y)
+    assert (stayed | went | ~clear).all()
+    assert clear.mean() >= 0.99
+    assert (codes != pq_ref.encode(cb, x)).mean() < 1e-3
+
+
 @functools.cache
-def encode_case(name: str, D: int, with_transform: bool, dtype: str) -> tuple[pq_ref.Codebook, np.ndarray]:
-    cb = make_codebook(name, D, 3, seed=D, with_transform=with_transform)
+def encode_case(
+    name: str, D: int, with_transform: bool, dtype: str, with_aniso: bool = False
+) -> tuple[pq_ref.Codebook, np.ndarray]:
+    cb = make_codebook(name, D, 3, seed=D, with_transform=with_transform, with_aniso=with_aniso)
     return cb, rows_for(cb, 37, seed=1).astype(dtype)
 
 
@@ -79,11 +122,62 @@ def test_encode(simd: str, name: str, D: int, with_transform: bool, dtype: str) 
     check_codes(cb, x, native.encode(cb, x))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("with_transform", [False, True])
+@pytest.mark.parametrize("D", [8, 16, 24, 40, *HEAD_SIZES])
+@pytest.mark.parametrize("name", TYPES)
+def test_anisotropic_encode(simd: str, name: str, D: int, with_transform: bool, dtype: str) -> None:
+    cb, x = encode_case(name, D, with_transform, dtype, with_aniso=True)
+    codes = native.encode(cb, x)
+    check_anisotropic_codes(cb, x, codes)
+    assert (codes != native.encode(replace(cb, aniso=None), x)).mean() > 0.02
+    assert np.array_equal(
+        native.encode(replace(cb, aniso=np.zeros_like(cb.aniso)), x), native.encode(replace(cb, aniso=None), x)
+    )
+
+
+@pytest.mark.parametrize("with_transform", [False, True])
+@pytest.mark.parametrize("D", [8, 16, 32, 64, 80, 256])
+@pytest.mark.parametrize("name", TYPES)
+def test_anisotropic_codes_without_rounding(simd: str, name: str, D: int, with_transform: bool) -> None:
+    """Values of few bits, of which every sum and square is exact in f32: many ties, and no code may differ.
+
+    y is 1 or -1 everywhere, so that ``|d|^2`` is a power of two. Centroids are on a grid of 1/4, and a subspace has but few, over and
+    over.
+    """
+    rng = np.random.default_rng(D)
+    spec = PQ_TYPES[name]
+    T = None
+    if with_transform:  # y is x in another order, and with other signs
+        T = np.stack([np.eye(D)[rng.permutation(D)] * rng.choice([-1, 1], D) for _ in range(2)]).astype(np.float16)
+    values = [-1.5, -1.25, -0.75, -0.5, 0.5, 0.75, 1.25, 1.5]
+    cb = pq_ref.Codebook(
+        spec,
+        rng.integers(-4, 5, (2, D)).astype(np.float32) / 2,
+        T,
+        rng.choice(values, (2, spec.n_subspaces(D), 12, spec.dsub)).astype(np.float16)[
+            :, :, rng.integers(0, 12, spec.ksub)
+        ],
+        (rng.choice([-1.0, 1.0], (2, D)) * [[0.5], [1.0]]).astype(np.float32),
+    )
+    x = (rng.choice([-1.0, 1.0], (300, 2, D)) + cb.mu).astype(np.float32)
+    want = pq_ref.encode(cb, x)
+    assert (want != pq_ref.encode(replace(cb, aniso=None), x)).mean() > 0.02
+    assert np.array_equal(native.encode(cb, x), want)
+
+
+@pytest.mark.parametrize("case", range(len(worked_by_hand())))
+def test_codes_that_were_worked_by_hand(simd: str, case: int) -> None:
+    cb, codes = worked_by_hand()[case]
+    assert native.encode(cb, np.ones((3, 1, 8), np.float32)).tolist() == [[codes]] * 3
+
+
+@pytest.mark.parametrize("with_aniso", [False, True])
 @pytest.mark.parametrize("with_transform", [False, True])
 @pytest.mark.parametrize("D", [8, 24, 80, 256])
 @pytest.mark.parametrize("name", TYPES)
-def test_codes_are_the_same_on_every_instruction_set(name: str, D: int, with_transform: bool) -> None:
-    cb = make_codebook(name, D, 2, with_transform=with_transform)
+def test_codes_are_the_same_on_every_instruction_set(name: str, D: int, with_transform: bool, with_aniso: bool) -> None:
+    cb = make_codebook(name, D, 2, with_transform=with_transform, with_aniso=with_aniso)
     x = rows_for(cb, 101)
     codes = {}
     for simd_name in native.SIMD_NAMES:
@@ -108,10 +202,11 @@ def test_ties_go_to_the_lowest_code(simd: str, name: str) -> None:
         assert (codes == low).all()
 
 
+@pytest.mark.parametrize("with_aniso", [False, True])
 @pytest.mark.parametrize("name", TYPES)
-def test_rows_are_rounded_to_f16_before_they_are_coded(simd: str, name: str) -> None:
+def test_rows_are_rounded_to_f16_before_they_are_coded(simd: str, name: str, with_aniso: bool) -> None:
     """The codes of f32 rows are those of the same rows in f16, also where f16 ends and between its values."""
-    cb = make_codebook(name, 64, 2, with_transform=True)
+    cb = make_codebook(name, 64, 2, with_transform=True, with_aniso=with_aniso)
     x = rows_for(cb, 200)
     x[0, 0, :16] = [65504, 65519.99, 65520, -65520, 1e9, -np.inf, np.inf, -0.0, 1e-45, 2**-25, 2**-25 + 2**-40, 3 * 2**-25, 2**-14, 1 + 2**-11, 1 + 3 * 2**-11, 2049]  # fmt: skip
     assert np.array_equal(native.encode(cb, x), native.encode(cb, pq_ref.to_f16(x)))
@@ -121,6 +216,21 @@ def test_rows_are_rounded_to_f16_before_they_are_coded(simd: str, name: str) -> 
     cb = pq_ref.Codebook(s, np.full((1, 16), 0.5 + 0.25 * step, np.float32), None, centroids)
     found = native.encode(cb, np.full((1, 1, 16), 1 + 0.4 * step, np.float32))  # as in test_pq_ref
     assert (found == 0).all()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_where_f16_ends_codes_are_nearest(simd: str, name: str) -> None:
+    """An infinity leaves its strip no direction; the other strips keep theirs."""
+    cb = make_codebook(name, 80, 2, with_aniso=True)
+    assert cb.aniso is not None
+    cb = replace(cb, aniso=np.where(cb.aniso == 0.0, np.float32(0.5), cb.aniso))
+    x = rows_for(cb, 100)
+    x[:, :, 40] = 1e9
+    codes, plain = native.encode(cb, x), native.encode(replace(cb, aniso=None), x)
+    strip = pq_ref.strip_of_code(cb)
+    assert np.array_equal(codes[..., strip == 1], plain[..., strip == 1])
+    for i in (0, 2):
+        assert (codes[..., strip == i] != plain[..., strip == i]).any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -453,9 +563,43 @@ def damaged(blob: bytes, at: int, value: int) -> bytes:
     return blob[:at] + bytes([blob[at] ^ value]) + blob[at + 1 :]
 
 
-def test_the_native_parser_refuses_what_python_refuses() -> None:
+def header_and_crc(blob: bytes, at: int, fmt: str, value: Any) -> bytes:
+    """Changes a field anywhere, and makes the CRC right again."""
+    b = bytearray(blob)
+    struct.pack_into(fmt, b, at, value)
+    struct.pack_into("<I", b, 24, zlib.crc32(bytes(b[32:])))
+    return bytes(b)
+
+
+def test_the_native_parser_reads_an_anisotropy() -> None:
+    """With and without a transform; and refuses one that is cut off, not finite, or of another flag."""
+    for with_transform in (False, True):
+        cb = make_codebook("pq4", 16, 2, with_transform=with_transform, with_aniso=True)
+        blob = container.codebook_to_blob(cb)
+        assert cb.aniso is not None
+        blocks = native.build_blob(blob, cb).reshape(2, -1)  # mu, then aniso, each at a multiple of 64 bytes
+        for h in range(2):
+            assert blocks[h, :64].view(np.float32).tobytes() == cb.mu[h].tobytes()
+            assert blocks[h, 64:128].view(np.float32).tobytes() == cb.aniso[h].tobytes()
+        at = 32 + 64 + with_transform * 512
+        for bad, message in (
+            (blob[:-1], "payload"),
+            (blob[: at + 8], "payload"),
+            (header_and_crc(blob, 18, "<H", int(with_transform)), "payload"),
+            (header_and_crc(blob, 18, "<H", 4 + with_transform), "flags"),
+            (header_and_crc(blob, at + 60, "<f", float("nan")), "anisotropy"),
+            (header_and_crc(blob, at, "<f", float("-inf")), "anisotropy"),
+        ):
+            with pytest.raises(container.FormatError):
+                container.blob_to_codebook(bad, cb.spec)
+            with pytest.raises(NativeError, match=message):
+                native.build_blob(bad, cb)
+
+
+@pytest.mark.parametrize("with_aniso", [False, True])
+def test_the_native_parser_refuses_what_python_refuses(with_aniso: bool) -> None:
     """Every header byte, a payload byte, and both ends: refused by both parsers."""
-    cb = make_codebook("pq3", 16, 2, with_transform=True)
+    cb = make_codebook("pq3", 16, 2, with_transform=True, with_aniso=with_aniso)
     blob = container.codebook_to_blob(cb)
     native.build_blob(blob, cb)
     for bad in [b"", blob[:31], blob[:32], blob[:-1], blob + b"\0"] + [damaged(blob, i, 1) for i in range(33)]:
@@ -473,7 +617,8 @@ def test_the_inverse_is_that_of_the_definition() -> None:
     blocks = native.build(cb).reshape(2, -1)
     n = 64 * 64 * 2
     for h in range(2):
-        T, T_inv = blocks[h, 256 : 256 + n].view(np.float16), blocks[h, 256 + n : 256 + 2 * n].view(np.float16)
+        assert not blocks[h, 256:512].any(), "no anisotropy"
+        T, T_inv = blocks[h, 512 : 512 + n].view(np.float16), blocks[h, 512 + n : 512 + 2 * n].view(np.float16)
         assert T.tobytes() == cb.T[h].tobytes()
         # Both invert in double, by different methods: a value may fall on the other side of the middle of two halves.
         ulps = np.abs(T_inv.view(np.int16).astype(int) - cb.T_inv[h].astype(np.float16).ravel().view(np.int16))

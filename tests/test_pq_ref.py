@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
-from helpers import HEAD_SIZES, make_codebook, rows_for
+from helpers import HEAD_SIZES, make_codebook, rows_for, worked_by_hand
 
 from million_gguf import pq_ref
 from million_gguf.errors import MismatchError
@@ -150,6 +152,88 @@ def test_long_input_is_chunked_without_a_seam(monkeypatch: pytest.MonkeyPatch) -
     whole = pq_ref.encode(cb, x)
     monkeypatch.setattr(pq_ref, "_CHUNK_ELEMS", 7 * cb.n_head_kv * cb.M * cb.spec.ksub)
     assert np.array_equal(pq_ref.encode(cb, x), whole)
+
+
+# ---- anisotropic codes ----
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_an_anisotropy_of_zeros_is_none(name: str) -> None:
+    cb = make_codebook(name, 80, 2, with_transform=True)
+    x = rows_for(cb, 20)
+    zeros = dataclasses.replace(cb, aniso=np.zeros((2, 80), np.float32))
+    assert np.array_equal(pq_ref.encode(zeros, x), pq_ref.encode(cb, x))
+    assert not zeros.equals(cb) and not cb.equals(zeros)
+    assert zeros.equals(dataclasses.replace(zeros))
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("D", [8, 24, 64, 80])
+def test_anisotropic_codes_never_cost_more_than_the_nearest(name: str, D: int) -> None:
+    cb = make_codebook(name, D, 2, with_transform=True, with_aniso=True)
+    y = pq_ref.transform(cb, pq_ref.to_f16(rows_for(cb, 200)))
+    plain, codes = pq_ref.nearest(cb, y), pq_ref.encode_y(cb, y)
+    before, after = pq_ref.strip_costs(cb, y, plain), pq_ref.strip_costs(cb, y, codes)
+    assert (after <= before).all()
+    taken = np.zeros(before.shape, dtype=bool)
+    np.logical_or.at(taken, (..., pq_ref.strip_of_code(cb)), codes != plain)
+    assert np.array_equal(taken, after < before), "a strip changes only where it costs less"
+    assert taken.mean() > 0.1
+    assert after.sum() < 0.99 * before.sum()
+
+
+@pytest.mark.parametrize("case", range(len(worked_by_hand())))
+def test_codes_that_were_worked_by_hand(case: int) -> None:
+    cb, codes = worked_by_hand()[case]
+    assert pq_ref.encode(cb, np.ones((1, 1, 8)))[0, 0].tolist() == codes
+    # Only ratios count: neither the sign nor the scale of all of aniso does.
+    assert cb.aniso is not None
+    scaled = dataclasses.replace(cb, aniso=np.float32(-0.5) * cb.aniso)
+    assert pq_ref.encode(scaled, np.ones((1, 1, 8)))[0, 0].tolist() == codes
+
+
+def test_the_cost_of_a_strip_was_worked_by_hand() -> None:
+    cb, codes = worked_by_hand()[0]
+    y = np.ones((1, 1, 8))
+    assert pq_ref.strip_costs(cb, y, np.zeros((1, 1, 4), np.uint8)).tolist() == [[[2.0]]]
+    assert pq_ref.strip_costs(cb, y, np.array([[codes]], np.uint8)).tolist() == [[[0.96875]]]
+    assert pq_ref.moved(cb, y, np.zeros((1, 1, 4), np.uint8)).tolist() == [[[1.1875] * 8]]
+    assert pq_ref.strip_costs(dataclasses.replace(cb, aniso=None), y, np.zeros((1, 1, 4), np.uint8)).item() == 0.5
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_strips_are_coded_on_their_own(name: str) -> None:
+    """A head of 80 is one of 32, one of 32 and one of 16, side by side."""
+    cb = make_codebook(name, 80, 2, with_aniso=True)
+    x = rows_for(cb, 200)
+    assert cb.aniso is not None
+    found = pq_ref.decode_y(cb, pq_ref.encode(cb, x))
+    dsub = cb.spec.dsub
+    for start, end in ((0, 32), (32, 64), (64, 80)):
+        part = Codebook(
+            cb.spec,
+            cb.mu[:, start:end],
+            None,
+            cb.centroids[:, start // dsub : end // dsub],
+            cb.aniso[:, start:end],
+        )
+        assert np.array_equal(pq_ref.decode_y(part, pq_ref.encode(part, x[:, :, start:end])), found[:, :, start:end])
+
+
+def test_a_strip_without_a_direction_has_nearest_codes() -> None:
+    """Zeros or infinities in one strip, and in no other: where all of d is 0, and where f16 ended."""
+    cb = make_codebook("pq4", 64, 1, with_aniso=True)
+    assert cb.aniso is not None
+    plain = dataclasses.replace(cb, mu=np.zeros_like(cb.mu), aniso=None)
+    x = np.random.default_rng(0).standard_normal((50, 1, 64))
+    half = dataclasses.replace(plain, aniso=np.where(np.arange(64) < 32, 0, cb.aniso))
+    codes, nearest = pq_ref.encode(half, x), pq_ref.encode(plain, x)
+    assert np.array_equal(codes[..., :16], nearest[..., :16])
+    assert not np.array_equal(codes[..., 16:], nearest[..., 16:])
+    x[:, :, 3] = 1e9
+    codes, nearest = pq_ref.encode(dataclasses.replace(plain, aniso=cb.aniso), x), pq_ref.encode(plain, x)
+    assert np.array_equal(codes[..., :16], nearest[..., :16])
+    assert not np.array_equal(codes[..., 16:], nearest[..., 16:])
 
 
 # ---- attention ----
@@ -310,6 +394,8 @@ def test_wrong_shapes_are_refused() -> None:
         lambda: Codebook(cb.spec, cb.mu.astype(np.float64), None, cb.centroids),
         lambda: Codebook(cb.spec, cb.mu, np.zeros((1, 16, 16), np.float16), cb.centroids),
         lambda: Codebook(cb.spec, cb.mu[0], None, cb.centroids),
+        lambda: Codebook(cb.spec, cb.mu, None, cb.centroids, np.ones((2, 8), np.float32)),
+        lambda: Codebook(cb.spec, cb.mu, None, cb.centroids, np.ones((2, 16))),
     ]
     for i, f in enumerate(bad):
         with pytest.raises(MismatchError):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from million_gguf.errors import InputError, MismatchError
+from million_gguf.pq_ref import ANISO_STRIP, ANISO_WEIGHT
 from million_gguf.spec import KSUB, PQ_TYPES, get_spec
 
 HEADER = Path(__file__).parent.parent / "cuda" / "pq" / "pq-layout.h"
@@ -32,6 +33,9 @@ def test_c_header_states_the_same() -> None:
         assert numbers == [s.dsub, s.block_elems, s.block_bytes]
         assert re.search(rf"PQ_TYPE_{s.name.upper()} = {s.index},", text)
     assert re.search(rf"#define PQ_KSUB +{KSUB}\b", text)
+    assert re.search(rf"#define PQ_ANISO_STRIP +{ANISO_STRIP}\b", text)
+    assert re.search(rf"#define PQ_ANISO_WEIGHT +{ANISO_WEIGHT}f\b", text)
+    assert re.search(rf"#define PQ_ANISO_STEP +{ANISO_WEIGHT / (1 + ANISO_WEIGHT)}f\b", text)
 
 
 def test_ggml_types_are_distinct_and_in_order() -> None:

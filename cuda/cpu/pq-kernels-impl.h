@@ -40,6 +40,7 @@ template <int TYPE> PQ_INLINE int64_t code_subspace(int64_t j, int64_t D) {
 
 struct head_block {
     const float    * mu;
+    const float    * aniso;
     const uint16_t * T;     // NULL: identity
     const uint16_t * T_inv; // NULL: identity
     const uint16_t * centroids;
@@ -50,6 +51,7 @@ head_block get_head_block(int32_t D, int32_t has_transform, const uint8_t * code
     const uint8_t * p = codebook + (size_t) head * l.head_bytes;
     head_block b;
     b.mu        = (const float *) (p + l.mu);
+    b.aniso     = (const float *) (p + l.aniso);
     b.T         = has_transform ? (const uint16_t *) (p + l.T)     : NULL;
     b.T_inv     = has_transform ? (const uint16_t *) (p + l.T_inv) : NULL;
     b.centroids = (const uint16_t *) (p + l.centroids);
@@ -394,9 +396,100 @@ void encode_code(const float * y, int64_t ld, int64_t n, const uint16_t * centro
     }
 }
 
+// y [n][ld] -> codes [n][PQ_MAX_M]
+template <int TYPE>
+void encode_nearest(const float * y, int64_t ld, int64_t n, int64_t D, const uint16_t * centroids, float * soa, uint8_t * codes) {
+    constexpr int DSUB = geom<TYPE>::DSUB;
+    const int64_t n_codes = D / 8 * geom<TYPE>::CODES;
+    for (int64_t j = 0; j < n_codes; j++) {
+        const int64_t    d = code_subspace<TYPE>(j, D) * DSUB;
+        const uint16_t * c = centroids + d * PQ_KSUB;
+        if (code_is_shared<TYPE>(j, D)) {
+            encode_code<DSUB, geom<TYPE>::N_SHARE>(y + d, ld, n, c, soa, codes + j);
+        } else {
+            encode_code<DSUB, 1>(y + d, ld, n, c, soa, codes + j);
+        }
+    }
+}
+
+// Of a strip, with e the error of its codes and d the direction of queries (pq-layout.h, "Anisotropic codes"): the sums of e^2, e d, d^2
+struct strip_sums {
+    float ee, ed, dd;
+
+    float cost() const { return ee + PQ_ANISO_WEIGHT * (ed * (ed / dd)); }
+};
+
+// codes: of a head; d0: the first element of the strip
+template <int TYPE>
+strip_sums sum_strip(const float * y, const uint8_t * codes, int64_t d0, int64_t D, const head_block & hb) {
+    constexpr int DSUB = geom<TYPE>::DSUB;
+    float a[3][PQ_ANISO_STRIP] = {};
+    for (int64_t i = 0; i < PQ_ANISO_STRIP && d0 + i < D; i += 8) {
+        uint32_t code = 0;
+        for (int64_t m = 0; m < 8 / DSUB; m++) {
+            code |= pq_code_get((enum pq_type) TYPE, (int32_t) D, codes, (int32_t) ((d0 + i) / DSUB + m)) << 8 * m;
+        }
+        const V8::T y_i = V8::load(y + d0 + i);
+        const V8::T d   = V8::mul(V8::load(hb.aniso + d0 + i), y_i);
+        const V8::T e   = V8::sub(y_i, V8::gather_f16<DSUB>(hb.centroids + (d0 + i) * PQ_KSUB, PQ_KSUB * DSUB, code));
+        V8::store(a[0] + i, V8::mul(e, e));
+        V8::store(a[1] + i, V8::mul(e, d));
+        V8::store(a[2] + i, V8::mul(d, d));
+    }
+    for (int n = PQ_ANISO_STRIP / 2; n > 0; n /= 2) {
+        for (int k = 0; k < 3; k++) {
+            for (int i = 0; i < n; i++) {
+                a[k][i] += a[k][i + n];
+            }
+        }
+    }
+    return { a[0][0], a[1][0], a[2][0] };
+}
+
+// s.codes are the nearest; moved [n][ld]: room
+template <int TYPE>
+void encode_aniso(const float * y, int64_t n, int64_t D, const head_block & hb, float * moved, const pq_encode_scratch & s) {
+    constexpr int MAX_STRIPS = PQ_MAX_D / PQ_ANISO_STRIP;
+    const int64_t ld = pq_padded(D), n_codes = D / 8 * geom<TYPE>::CODES;
+    float cost[PQ_ROW_TILE][MAX_STRIPS];
+    for (int64_t r = 0; r < n; r++) {
+        for (int64_t d0 = 0; d0 < D; d0 += PQ_ANISO_STRIP) {
+            const strip_sums sums = sum_strip<TYPE>(y + r * ld, s.codes + r * PQ_MAX_M, d0, D, hb);
+            const float      step = PQ_ANISO_STEP * (sums.ed / sums.dd); // NaN without a direction, and then nothing costs less
+            cost[r][d0 / PQ_ANISO_STRIP] = sums.cost();
+            for (int64_t i = d0; i < d0 + PQ_ANISO_STRIP && i < D; i += 8) {
+                const V8::T y_i = V8::load(y + r * ld + i);
+                V8::store(moved + r * ld + i, V8::add(y_i, V8::mul(V8::set1(step), V8::mul(V8::load(hb.aniso + i), y_i))));
+            }
+        }
+    }
+    encode_nearest<TYPE>(moved, ld, n, D, hb.centroids, s.soa, s.moved_codes);
+    for (int64_t r = 0; r < n; r++) {
+        const uint8_t * from = s.moved_codes + r * PQ_MAX_M;
+        uint8_t       * to   = s.codes + r * PQ_MAX_M;
+        bool less[MAX_STRIPS];
+        for (int64_t d0 = 0; d0 < D; d0 += PQ_ANISO_STRIP) {
+            less[d0 / PQ_ANISO_STRIP] = sum_strip<TYPE>(y + r * ld, from, d0, D, hb).cost() < cost[r][d0 / PQ_ANISO_STRIP];
+        }
+        for (int64_t j = 0; j < n_codes; j++) {
+            if (less[code_subspace<TYPE>(j, D) * geom<TYPE>::DSUB / PQ_ANISO_STRIP]) {
+                to[j] = from[j];
+            }
+        }
+    }
+}
+
+PQ_INLINE bool all_zero(const float * x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        if (x[i] != 0.0f) {
+            return false;
+        }
+    }
+    return true;
+}
+
 template <int TYPE>
 void encode_tile(const pq_encode_params * p, int64_t row0, int64_t n, int64_t head, const head_block & hb, const pq_encode_scratch & s) {
-    constexpr int DSUB = geom<TYPE>::DSUB;
     const int64_t D = p->D, n_codes = D / 8 * geom<TYPE>::CODES, ld = pq_padded(D);
 
     for (int64_t r = 0; r < n; r++) {
@@ -418,14 +511,9 @@ void encode_tile(const pq_encode_params * p, int64_t row0, int64_t n, int64_t he
         y = s.y;
     }
 
-    for (int64_t j = 0; j < n_codes; j++) {
-        const int64_t    d   = code_subspace<TYPE>(j, D) * DSUB;
-        const uint16_t * cen = hb.centroids + d * PQ_KSUB;
-        if (code_is_shared<TYPE>(j, D)) {
-            encode_code<DSUB, geom<TYPE>::N_SHARE>(y + d, ld, n, cen, s.soa, s.codes + j);
-        } else {
-            encode_code<DSUB, 1>(y + d, ld, n, cen, s.soa, s.codes + j);
-        }
+    encode_nearest<TYPE>(y, ld, n, D, hb.centroids, s.soa, s.codes);
+    if (!all_zero(hb.aniso, D)) {
+        encode_aniso<TYPE>(y, n, D, hb, hb.T ? s.x : s.y, s);
     }
 
     for (int64_t r = 0; r < n; r++) {
@@ -538,8 +626,7 @@ void use_side(const pq_attn_side & from, int64_t stream, int64_t head, pq_attn_s
     *side = from;
     *data = from.data + stream * from.stream_stride + head * from.head_stride;
     if (from.type == PQ_TYPE_COUNT) {
-        const head_block none = { NULL, NULL, NULL, NULL };
-        *block = none;
+        *block = head_block();
         if (!from.to_float && from.D % 8 != 0) {
             side->to_float = f16_to_float;
         }

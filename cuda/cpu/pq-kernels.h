@@ -70,18 +70,20 @@ static inline int64_t pq_padded(int64_t n_floats) { return pq_round_up(n_floats,
 // ---- encode and decode: item = (tile of rows, head), heads fastest ----
 
 struct pq_encode_scratch {
-    float   * x;      // [PQ_ROW_TILE][D]  x - mu
-    float   * y;      // [PQ_ROW_TILE][padded D]
-    float   * soa;    // [elements][PQ_KSUB] centroids of one code
-    uint8_t * codes;  // [PQ_ROW_TILE][PQ_MAX_M]
+    float   * x;           // [PQ_ROW_TILE][D]  x - mu
+    float   * y;           // [PQ_ROW_TILE][padded D]
+    float   * soa;         // [elements][PQ_KSUB] centroids of one code
+    uint8_t * codes;       // [PQ_ROW_TILE][PQ_MAX_M]
+    uint8_t * moved_codes; // the same, of the second search for anisotropic codes
 };
 
 static inline pq_encode_scratch pq_encode_carve(pq_arena * a, int64_t D) {
     pq_encode_scratch s;
-    s.x     = pq_take<float>(a, PQ_ROW_TILE * pq_padded(D));
-    s.y     = pq_take<float>(a, PQ_ROW_TILE * pq_padded(D));
-    s.soa   = pq_take<float>(a, PQ_MAX_DIMS * PQ_KSUB);
-    s.codes = pq_take<uint8_t>(a, PQ_ROW_TILE * PQ_MAX_M);
+    s.x           = pq_take<float>(a, PQ_ROW_TILE * pq_padded(D));
+    s.y           = pq_take<float>(a, PQ_ROW_TILE * pq_padded(D));
+    s.soa         = pq_take<float>(a, PQ_MAX_DIMS * PQ_KSUB);
+    s.codes       = pq_take<uint8_t>(a, PQ_ROW_TILE * PQ_MAX_M);
+    s.moved_codes = pq_take<uint8_t>(a, PQ_ROW_TILE * PQ_MAX_M);
     return s;
 }
 

@@ -114,13 +114,13 @@ const char * type_name(pq_type type) {
 
 // Sizes of the parts of one head in the payload.
 struct head_parts {
-    size_t mu, T, centroids;
-    size_t total() const { return mu + T + centroids; }
+    size_t mu, T, aniso, centroids;
+    size_t total() const { return mu + T + aniso + centroids; }
 };
 
-head_parts get_head_parts(int32_t D, bool has_transform) {
+head_parts get_head_parts(int32_t D, bool has_transform, bool has_aniso) {
     const size_t d = (size_t) D;
-    return { d * 4, has_transform ? d * d * 2 : 0, d * PQ_KSUB * 2 };
+    return { d * 4, has_transform ? d * d * 2 : 0, has_aniso ? d * 4 : 0, d * PQ_KSUB * 2 };
 }
 
 bool f16_all_finite(const uint8_t * p, size_t n_bytes) {
@@ -344,15 +344,16 @@ bool pq_blob_parse(const uint8_t * data, size_t n, pq_type type, pq_blob & out, 
     if (M != D / dsub) {
         return fail(error, "codebook subspaces: found %u, needs %u for head size %u", M, D / dsub, D);
     }
-    if (flags & ~PQ_BLOB_TRANSFORM) {
-        return fail(error, "codebook flags: found %#x, needs 0 or %#x", flags, PQ_BLOB_TRANSFORM);
+    if (flags & ~(PQ_BLOB_TRANSFORM | PQ_BLOB_ANISO)) {
+        return fail(error, "codebook flags: found %#x, needs 0 to %#x", flags, PQ_BLOB_TRANSFORM | PQ_BLOB_ANISO);
     }
     if (read_u32(data + 28) != 0) {
         return fail(error, "codebook reserved field: found %u, needs 0", read_u32(data + 28));
     }
 
     const bool       has_transform = (flags & PQ_BLOB_TRANSFORM) != 0;
-    const head_parts parts         = get_head_parts((int32_t) D, has_transform);
+    const bool       has_aniso     = (flags & PQ_BLOB_ANISO) != 0;
+    const head_parts parts         = get_head_parts((int32_t) D, has_transform, has_aniso);
     const uint64_t   need          = (uint64_t) parts.total() * n_head_kv;
     const uint32_t   payload_bytes = read_u32(data + 20);
     if (payload_bytes != need) {
@@ -376,7 +377,10 @@ bool pq_blob_parse(const uint8_t * data, size_t n, pq_type type, pq_blob & out, 
         if (!f16_all_finite(p + parts.mu, parts.T)) {
             return fail(error, "codebook head %u: found an infinite or NaN T, needs finite values", h);
         }
-        if (!f16_all_finite(p + parts.mu + parts.T, parts.centroids)) {
+        if (!f32_all_finite(p + parts.mu + parts.T, parts.aniso)) {
+            return fail(error, "codebook head %u: found an infinite or NaN anisotropy, needs finite values", h);
+        }
+        if (!f16_all_finite(p + parts.mu + parts.T + parts.aniso, parts.centroids)) {
             return fail(error, "codebook head %u: found an infinite or NaN centroid, needs finite values", h);
         }
     }
@@ -385,6 +389,7 @@ bool pq_blob_parse(const uint8_t * data, size_t n, pq_type type, pq_blob & out, 
     out.D             = (int32_t) D;
     out.n_head_kv     = (int32_t) n_head_kv;
     out.has_transform = has_transform;
+    out.has_aniso     = has_aniso;
     out.payload.assign(payload, payload + payload_bytes);
     return true;
 }
@@ -393,7 +398,7 @@ bool pq_codebook_build(const pq_blob & blob, uint8_t * dst, std::string & error)
     if ((int) blob.type < 0 || blob.type >= PQ_TYPE_COUNT || !pq_head_size_ok(blob.D)) {
         return fail(error, "codebook: found type %d and head size %d, needs a parsed blob", (int) blob.type, blob.D);
     }
-    const head_parts         parts  = get_head_parts(blob.D, blob.has_transform);
+    const head_parts         parts  = get_head_parts(blob.D, blob.has_transform, blob.has_aniso);
     const pq_codebook_layout layout = pq_get_codebook_layout(blob.D, blob.has_transform);
     const size_t             n      = (size_t) blob.D;
 
@@ -408,10 +413,13 @@ bool pq_codebook_build(const pq_blob & blob, uint8_t * dst, std::string & error)
         uint8_t       * head = dst + (size_t) h * layout.head_bytes;
         memset(head, 0, layout.head_bytes); // the gaps between parts too: equal codebooks are equal bytes
 
-        for (size_t i = 0; i < n; i++) {
-            const float value = read_f32(src + 4 * i);
-            memcpy(head + layout.mu + 4 * i, &value, sizeof(value));
-        }
+        const auto copy_f32 = [&](size_t offset) {
+            for (size_t i = 0; i < n; i++) {
+                const float value = read_f32(src + 4 * i);
+                memcpy(head + offset + 4 * i, &value, sizeof(value));
+            }
+        };
+        copy_f32(layout.mu);
         src += parts.mu;
 
         if (blob.has_transform) {
@@ -440,6 +448,11 @@ bool pq_codebook_build(const pq_blob & blob, uint8_t * dst, std::string & error)
                 }
                 memcpy(head + layout.T_inv + 2 * i, &value, sizeof(value));
             }
+        }
+
+        if (blob.has_aniso) {
+            copy_f32(layout.aniso);
+            src += parts.aniso;
         }
 
         for (size_t i = 0; i < n * PQ_KSUB; i++) {

@@ -14,6 +14,7 @@ struct pq_blob {
     int32_t D             = 0;
     int32_t n_head_kv     = 0;
     bool    has_transform = false;
+    bool    has_aniso     = false;
 
     std::vector<uint8_t> payload; // layout: pq-layout.h, "Codebook in a file"
 };

@@ -5,6 +5,7 @@
 // faiss::ProductQuantizer. The method is MILLION (DAC'25, arXiv 2504.03661), with a transform per layer and KV head:
 //
 //     y = (x - mu) T            encode: code[m] = argmin_c |y[m*dsub .. +dsub] - centroid[m][c]|^2, ties to the lowest c
+//                               (K of a codebook with `aniso`: see "Anisotropic codes")
 //     x ~ y^ T^-1 + mu          decode: y^ is the concatenation of the chosen centroids
 //     q.x ~ (T^-1 q).y^ + q.mu  attention never decodes: it maps the query once and the output once
 //
@@ -84,10 +85,25 @@ static inline uint32_t pq_code_get(enum pq_type type, int32_t D, const uint8_t *
 }
 
 // ---------------------------------------------------------------------------------------------------------
+// Anisotropic codes (Guo et al., "Accelerating Large-Scale Inference with Anisotropic Vector Quantization", ICML 2020). Queries that look for
+// a key lie along d = aniso * y, so an error e of a key costs  |e|^2 + PQ_ANISO_WEIGHT (e.d)^2 / |d|^2,  summed over strips of a head: runs of
+// PQ_ANISO_STRIP elements of y, of which the last may be shorter. The codes that cost least can't be found one by one. So a strip has the
+// nearest ones first; then, with e their error, those nearest to  y + PQ_ANISO_STEP (e.d) / |d|^2 d,  which are taken where they cost less.
+//
+// Every backend makes the same codes of a few rows, bit by bit: products and sums are rounded one by one, and the sum of a strip is a tree,
+// a[i] += a[i + n] for n = 16, 8, 4, 2, 1, in which elements beyond a head are 0.
+// ---------------------------------------------------------------------------------------------------------
+
+#define PQ_ANISO_STRIP  32
+#define PQ_ANISO_WEIGHT 3.0f
+#define PQ_ANISO_STEP   0.75f // w / (1 + w)
+
+// ---------------------------------------------------------------------------------------------------------
 // Codebook at run time: `head blocks: u8 [n_head_kv][head_bytes]`, one tensor per layer and side (K or V), in the
 // memory of the device that holds the layer's cache. A head block is
 //
 //     mu:        f32 [D]
+//     aniso:     f32 [D]       0: nearest codes it is
 //     T:         f16 [D][D]    row i: what element i of (x - mu) adds to y     } absent when the transform
 //     T_inv:     f16 [D][D]    row j: what element j of y adds to (x - mu)     } is the identity
 //     centroids: f16 [M][PQ_KSUB][dsub]
@@ -97,6 +113,7 @@ static inline uint32_t pq_code_get(enum pq_type type, int32_t D, const uint8_t *
 
 struct pq_codebook_layout {
     size_t mu;         // byte offsets from the start of a head block
+    size_t aniso;
     size_t T;          // 0 when the transform is the identity
     size_t T_inv;      // 0 when the transform is the identity
     size_t centroids;
@@ -108,8 +125,9 @@ static inline size_t pq_align64(size_t n) {
 }
 
 static inline struct pq_codebook_layout pq_get_codebook_layout(int32_t D, int has_transform) {
-    struct pq_codebook_layout l = { 0, 0, 0, 0, 0 };
+    struct pq_codebook_layout l = { 0, 0, 0, 0, 0, 0 };
     size_t off = pq_align64((size_t) D * sizeof(float));
+    l.aniso = off; off += pq_align64((size_t) D * sizeof(float));
     if (has_transform) {
         l.T     = off; off += pq_align64((size_t) D * (size_t) D * sizeof(uint16_t));
         l.T_inv = off; off += pq_align64((size_t) D * (size_t) D * sizeof(uint16_t));
@@ -162,7 +180,8 @@ static inline void pq_build_tables(enum pq_type type, int32_t D, int32_t n_head_
 //
 //     header, 32 bytes:  magic "MPQB" | u32 version | u16 D | u16 n_head_kv | u16 M | u16 dsub | u16 code bytes per head |
 //                        u16 flags | u32 payload_bytes | u32 crc32 of the payload (zlib's) | u32 0
-//     payload, per head: mu f32 [D] | T f16 [D][D], when flags has PQ_BLOB_TRANSFORM | centroids f16 [M][PQ_KSUB][dsub]
+//     payload, per head: mu f32 [D] | T f16 [D][D], when flags has PQ_BLOB_TRANSFORM | aniso f32 [D], when flags has PQ_BLOB_ANISO |
+//                        centroids f16 [M][PQ_KSUB][dsub]
 //
 // T^-1 is not stored: the reader inverts the stored T, so the two cannot disagree.
 // ---------------------------------------------------------------------------------------------------------
@@ -170,6 +189,7 @@ static inline void pq_build_tables(enum pq_type type, int32_t D, int32_t n_head_
 #define PQ_BLOB_VERSION      2u
 #define PQ_BLOB_HEADER_BYTES 32
 #define PQ_BLOB_TRANSFORM    1u
+#define PQ_BLOB_ANISO        2u // K only
 
 #ifdef __cplusplus
 }

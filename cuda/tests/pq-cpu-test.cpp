@@ -115,6 +115,8 @@ struct codebook {
     const uint16_t * T_bits(int h)     const { return (const uint16_t *) (block(h) + layout().T); }
     const uint16_t * T_inv_bits(int h) const { return (const uint16_t *) (block(h) + layout().T_inv); }
     const uint16_t * centroids(int h) const { return (const uint16_t *) (block(h) + layout().centroids); }
+    const float    * aniso(int h)     const { return (const float *) (block(h) + layout().aniso); }
+    void set_aniso(int h, int i, float value) { ((float *) (blocks.data() + (size_t) h * layout().head_bytes + layout().aniso))[i] = value; }
 
     // y^ of a code string, in double
     void decode_y(int h, const uint8_t * codes, double * y) const {
@@ -349,7 +351,8 @@ static void test_codebook() {
     refused(with(16, { 8 }), false, "shape"); // what version 1 had there
     refused(with(16, { 24 }), false, "shape");
     refused(make_blob(PQ_TYPE_PQ3, 64, 2, true, r), false, "shape"); // differs from one of pq4 in nothing else
-    refused(with(18, { 3 }), false, "flags");
+    refused(with(18, { 4 }), false, "flags");
+    refused(with(18, { 3 }), false, "payload");
     refused(with(18, { 0 }), false, "payload");
     refused(with(20, { 0xff, 0xff, 0xff, 0xff }), false, "payload");
     refused(with(28, { 1 }), false, "reserved");
@@ -369,6 +372,42 @@ static void test_codebook() {
         memcpy(&diagonal[(i * 64 + i) * 2], &h, 2);
     }
     refused(with(T, diagonal), true, "65504");
+
+    // An anisotropy goes between T and the centroids, and to its own part of a block; without one it is 0.
+    std::vector<uint8_t> aniso(good.blob.begin(), good.blob.begin() + 32);
+    const size_t head = (good.blob.size() - 32) / 2;
+    codebook other = good;
+    for (int h = 0; h < 2; h++) {
+        const auto at = good.blob.begin() + (ptrdiff_t) (32 + h * head);
+        aniso.insert(aniso.end(), at, at + (ptrdiff_t) (cents - 32));
+        for (int i = 0; i < 64; i++) {
+            const float f = (float) (i - 7 * h) * 0.37f;
+            uint32_t bits;
+            memcpy(&bits, &f, 4);
+            put(aniso, bits, 4);
+            check(good.aniso(h)[i] == 0.0f, "a blob without anisotropy has one, head %d", h);
+            other.set_aniso(h, i, f);
+        }
+        aniso.insert(aniso.end(), at + (ptrdiff_t) (cents - 32), at + (ptrdiff_t) head);
+    }
+    aniso[18] = PQ_BLOB_TRANSFORM | PQ_BLOB_ANISO;
+    auto finish = [](std::vector<uint8_t> b) {
+        const uint32_t n = (uint32_t) b.size() - 32, c = crc32(b.data() + 32, b.size() - 32);
+        memcpy(&b[20], &n, 4);
+        memcpy(&b[24], &c, 4);
+        return b;
+    };
+    aniso = finish(aniso);
+    std::vector<uint8_t> blocks(good.blocks.size());
+    char err[256] = "";
+    check(million_pq_codebook_build(PQ_TYPE_PQ4, aniso.data(), aniso.size(), 64, 2, blocks.data(), blocks.size(), err, sizeof(err)) == 0,
+          "a blob with an anisotropy: %s", err);
+    check(blocks == other.blocks, "the anisotropy of a blob is not that of its block");
+    const uint8_t nan[] = { 0, 0, 0xc0, 0x7f };
+    std::copy(nan, nan + 4, aniso.begin() + (ptrdiff_t) cents);
+    refused(finish(aniso), false, "anisotropy");
+    aniso.resize(aniso.size() - 4);
+    refused(finish(aniso), false, "payload");
 }
 
 // ---- encode and decode ----
@@ -469,6 +508,121 @@ static void test_encode_order() {
                 }
                 check(n_other == 0, "%s: %d codes of %s in rows of %d are not those that floats give, summed from the left", name.c_str(), n_other,
                       type_names[type], n_at_once);
+            }
+        }
+    }
+}
+
+// The codes of one row y, in floats and one operation at a time: those of pq-layout.h, "Anisotropic codes". Counts strips that took their second codes.
+static std::vector<uint8_t> aniso_codes_in_floats(const codebook & cb, int h, const float * y, int & n_taken) {
+    const int D = cb.D, dsub = pq_get_spec(cb.type).dsub, n_codes = (int) pq_head_bytes(cb.type, D);
+    auto nearest = [&](const float * to) {
+        std::vector<uint8_t> codes(n_codes);
+        for (int j = 0; j < n_codes; j++) { codes[j] = (uint8_t) code_in_floats(cb, h, j, to); }
+        return codes;
+    };
+    struct strip { volatile float sum[3]; float cost; };
+    auto sum = [&](const std::vector<uint8_t> & codes, int d0) {
+        float a[3][32] = {};
+        for (int i = 0; i < 32 && d0 + i < D; i++) {
+            const int m = (d0 + i) / dsub;
+            volatile float d = cb.aniso(h)[d0 + i] * y[d0 + i];
+            volatile float e = y[d0 + i] - (float) f16_value(cb.centroids(h)[((size_t) m * PQ_KSUB + pq_code_get(cb.type, D, codes.data(), m)) * dsub + (d0 + i) % dsub]);
+            a[0][i] = e * e; a[1][i] = e * d; a[2][i] = d * d;
+        }
+        strip s;
+        for (int k = 0; k < 3; k++) {
+            for (int n = 16; n > 0; n /= 2) {
+                for (int i = 0; i < n; i++) { s.sum[k] = a[k][i] + a[k][i + n]; a[k][i] = s.sum[k]; }
+            }
+        }
+        volatile float u = s.sum[1] / s.sum[2], uu = s.sum[1] * u, w = 3.0f * uu;
+        s.cost = s.sum[0] + w;
+        return s;
+    };
+    std::vector<uint8_t> codes = nearest(y);
+    std::vector<float>   moved(y, y + D);
+    for (int i = 0; i < D; i++) {
+        const strip s = sum(codes, i / 32 * 32);
+        volatile float u = s.sum[1] / s.sum[2], step = 0.75f * u, d = cb.aniso(h)[i] * y[i], by = step * d;
+        moved[i] = y[i] + by;
+    }
+    const std::vector<uint8_t> first = codes, second = nearest(moved.data());
+    for (int j = 0; j < n_codes; j++) {
+        const int d0 = subspaces_of(cb.type, D, j)[0] * dsub / 32 * 32;
+        if (sum(second, d0).cost < sum(first, d0).cost) {
+            codes[j] = second[j];
+            n_taken++;
+        }
+    }
+    return codes;
+}
+
+static void test_encode_aniso() {
+    for (int type = 0; type < PQ_TYPE_COUNT; type++) {
+        for (int D : { 8, 80, 128 }) { // one strip, a short last one, whole ones
+            for (bool transform : { false, true }) {
+                const int H = 3, n_rows = 37, n_codes = (int) pq_head_bytes((pq_type) type, D);
+                codebook cb = make_codebook((pq_type) type, D, H, transform, 300 + D);
+                const codebook plain = cb;
+                rng r(D * 2 + transform);
+                for (int i = 0; i < D; i++) { // head 0: all; head 1: none; head 2: the first strip only, and there not all
+                    cb.set_aniso(0, i, r.normal());
+                    cb.set_aniso(2, i, i < 32 && i % 3 ? 0.1f + r.normal() : 0.0f);
+                }
+                std::vector<float> x((size_t) n_rows * H * D);
+                for (float & f : x) { f = 1.5f * r.normal(); }
+                for (int i = 0; i < H * D; i++) { // on the mean: no direction; and what has no finite sums
+                    x[(size_t) 3 * H * D + i] = cb.mu(i / D)[i % D];
+                    x[(size_t) 5 * H * D + i] = i % 7 == 3 ? NAN : x[(size_t) 5 * H * D + i];
+                    x[(size_t) 6 * H * D + i] = i % 7 == 4 ? 65504.0f : -65504.0f;
+                }
+                std::vector<uint8_t> first, without;
+                for (const std::string & name : simd_names()) {
+                    pq_cpu_simd_set(name.c_str());
+                    for (const codebook * c : { (const codebook *) &cb, &plain }) {
+                        for (int n_at_once : { 1, 3, n_rows }) {
+                            std::vector<uint8_t> codes((size_t) n_rows * H * n_codes);
+                            for (int i = 0; i < n_rows; i += n_at_once) {
+                                pq_encode_params p = {};
+                                p.type             = (pq_type) type;
+                                p.D                = D;
+                                p.n_head_kv        = H;
+                                p.n_rows           = std::min(n_at_once, n_rows - i);
+                                p.codebook         = c->blocks.data();
+                                p.has_transform    = transform;
+                                p.x                = &x[(size_t) i * H * D];
+                                p.x_head_stride    = (size_t) D * 4;
+                                p.x_row_stride     = (size_t) H * D * 4;
+                                p.codes            = &codes[(size_t) i * H * n_codes];
+                                p.codes_row_stride = (size_t) H * n_codes;
+                                million_pq_encode(&p, 1);
+                            }
+                            std::vector<uint8_t> & want = c == &cb ? first : without;
+                            if (want.empty()) { want = codes; }
+                            check(codes == want, "%s anisotropic codes of %s D %d, %d rows at once, differ from %s's", name.c_str(), type_names[type], D,
+                                  n_at_once, simd_names()[0].c_str());
+                        }
+                    }
+                }
+                int n_other = 0, n_taken = 0, n_plain = 0;
+                for (int i = 0; i < n_rows; i++) {
+                    for (int h = 0; h < H; h++) {
+                        std::vector<float> y(D, 0.0f);
+                        for (int a = 0; a < D; a++) {
+                            const float c = (float) f16_value(to_f16(x[((size_t) i * H + h) * D + a])) - cb.mu(h)[a];
+                            for (int b = 0; transform && b < D; b++) { y[b] = fmaf(c, (float) cb.T[((size_t) h * D + a) * D + b], y[b]); }
+                            y[a] = transform ? y[a] : c;
+                        }
+                        const uint8_t * found = &first[((size_t) i * H + h) * n_codes];
+                        const std::vector<uint8_t> want = aniso_codes_in_floats(cb, h, y.data(), n_taken);
+                        n_other += memcmp(found, want.data(), n_codes) != 0;
+                        n_plain += h == 1 && memcmp(found, &without[((size_t) i * H + h) * n_codes], n_codes) != 0;
+                    }
+                }
+                check(n_other == 0, "%d rows of %s D %d do not have the anisotropic codes that floats give", n_other, type_names[type], D);
+                check(n_plain == 0, "%d rows of a head without anisotropy have other codes than before, %s D %d", n_plain, type_names[type], D);
+                check(D < 64 || n_taken > n_rows, "only %d codes of %s D %d came from the second search", n_taken, type_names[type], D);
             }
         }
     }
@@ -1467,7 +1621,8 @@ int main(int argc, char ** argv) {
         return 2;
     }
     const struct { const char * name; void (*run)(); } tests[] = {
-        { "codebook", test_codebook }, { "tables", test_tables }, { "order of sums", test_encode_order }, { "encode and decode", test_encode_decode }, { "attention", test_attn }, { "k-means", test_kmeans },
+        { "codebook", test_codebook }, { "tables", test_tables }, { "order of sums", test_encode_order }, { "encode and decode", test_encode_decode },
+        { "anisotropic codes", test_encode_aniso }, { "attention", test_attn }, { "k-means", test_kmeans },
         { "k-means, ties", test_kmeans_ties },
     };
     printf("instruction sets:");

@@ -302,6 +302,9 @@ static llama_million::device_codebook make_codebook(
     if ((uint32_t) blob.D != D || (uint32_t) blob.n_head_kv != n_head_kv) {
         fail(format("is for %d KV heads of size %d, the model has %u of size %u", blob.n_head_kv, blob.D, n_head_kv, D));
     }
+    if (is_v && blob.has_aniso) {
+        fail("has an anisotropy, which only K has");
+    }
 
     llama_million::device_codebook res;
     const ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, /*no_alloc =*/ true };
