@@ -112,7 +112,7 @@ def normal_centroids(dims: int, ksub: int, rng: np.random.Generator) -> npt.NDAr
     return centroids.astype(np.float16)
 
 
-def make_codebook(spec: PQSpec, g: Geometry, rng: np.random.Generator) -> Codebook:
+def make_codebook(spec: PQSpec, g: Geometry, side: str, rng: np.random.Generator) -> Codebook:
     """One codebook: rotations for transforms, and the same centroids, turned by signs, for every code of as many elements."""
     by_element = np.empty((g.n_head_kv, g.D, spec.ksub), np.float16)
     for elements in spec.elements_of_codes(g.D):
@@ -121,7 +121,8 @@ def make_codebook(spec: PQSpec, g: Geometry, rng: np.random.Generator) -> Codebo
     centroids = by_element.reshape(g.n_head_kv, spec.n_subspaces(g.D), spec.dsub, spec.ksub).swapaxes(2, 3)
     T = np.linalg.qr(rng.standard_normal((g.n_head_kv, g.D, g.D)))[0]
     mu = rng.normal(0, 0.1, (g.n_head_kv, g.D))
-    return Codebook(spec, mu.astype(np.float32), T.astype(np.float16), np.ascontiguousarray(centroids))
+    aniso = rng.uniform(0.0, 1.0, mu.shape).astype(np.float32) if side == "k" else None
+    return Codebook(spec, mu.astype(np.float32), T.astype(np.float16), np.ascontiguousarray(centroids), aniso)
 
 
 def add_shape(w: GGUFWriter, g: Geometry) -> None:
@@ -163,7 +164,7 @@ def add_codebooks(w: GGUFWriter, g: Geometry, types: list[str], digest: str, rng
     w.add_string("million.calibration.tool", "synthetic_gguf.py")
     for name in types:
         for side in "kv":
-            blob = container.codebook_to_blob(make_codebook(PQ_TYPES[name], g, rng))
+            blob = container.codebook_to_blob(make_codebook(PQ_TYPES[name], g, side, rng))
             w.add_array(f"million.{name}.{side}", [base64.b64encode(blob).decode()] * g.n_layer)
             w.add_array(f"million.{name}.{side}.error", [0.01] * g.n_layer)
 

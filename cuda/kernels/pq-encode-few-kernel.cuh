@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../pq/pq-params.h"
+#include "pq-cuda-common.cuh"
 #include "pq-launch.cuh"
 #include "pq-mma.cuh"
 
@@ -47,6 +48,10 @@ template <int TYPE> struct pq_encode_geom {
 
     static __host__ __device__ constexpr bool is_shared(int code) { return code >= N_OWN; }
 
+    static __host__ __device__ constexpr int code_of(int element) {
+        return TYPE == PQ_TYPE_PQ4 ? element / 2 : TYPE == PQ_TYPE_PQ2 ? element / 4 : element % 8 < 4 ? element / 8 * 2 + element % 4 / 2 : N_OWN + element / 8;
+    }
+
     static __host__ __device__ constexpr int place(int code) {
         return TYPE == PQ_TYPE_PQ4 ? 2 * code : TYPE == PQ_TYPE_PQ2 ? 4 * code : is_shared(code) ? (code - N_OWN) * 8 + 4 : code / 2 * 8 + code % 2 * 2;
     }
@@ -54,6 +59,7 @@ template <int TYPE> struct pq_encode_geom {
 
 struct pq_encode_head {
     const float  * mu;
+    const float  * aniso;
     const __half * T; // NULL: identity
     const __half * centroids;
 };
@@ -62,6 +68,7 @@ __device__ __forceinline__ pq_encode_head pq_encode_get_head(const pq_encode_sid
     const uint8_t * block = side.p.codebook + (size_t) head * side.layout.head_bytes;
     pq_encode_head h;
     h.mu        = (const float *) (block + side.layout.mu);
+    h.aniso     = (const float *) (block + side.layout.aniso);
     h.T         = side.p.has_transform ? (const __half *) (block + side.layout.T) : nullptr;
     h.centroids = (const __half *) (block + side.layout.centroids);
     return h;
@@ -226,13 +233,65 @@ __device__ __forceinline__ int pq_encode_search(const float * y, const pq_encode
     return index;
 }
 
+// ---- anisotropic codes (pq-layout.h) ----
+
+static_assert(PQ_ENCODE_STRIP == PQ_ANISO_STRIP && PQ_ENCODE_STRIP == PQ_WARP, "a lane per element of a strip");
+
+// What both searches leave of 8 rows and a strip.
+struct pq_encode_found {
+    float   moved[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_STRIP]; // y, for the second search
+    float   cost[PQ_ENCODE_FEW_ROWS];                   // of the first codes
+    uint8_t codes[2][PQ_ENCODE_FEW_ROWS][PQ_ENCODE_STRIP / 2];
+};
+
+// The element of a code in its centroid: `place` is that of the element in the strip. centroids: of the strip
+template <int TYPE>
+__device__ __forceinline__ float pq_encode_centroid_element(const __half * centroids, int place, int code) {
+    constexpr int DSUB = TYPE == PQ_TYPE_PQ2 ? 4 : 2;
+    return __half2float(centroids[place / DSUB * (PQ_KSUB * DSUB) + code * DSUB + place % DSUB]);
+}
+
+// The sum over a warp, in the order of the CPU's tree.
+__device__ __forceinline__ float pq_encode_sum(float a) {
+#pragma unroll
+    for (int n = PQ_WARP / 2; n > 0; n /= 2) {
+        a = __fadd_rn(a, __shfl_xor_sync(0xffffffff, a, n));
+    }
+    return a;
+}
+
+__device__ __forceinline__ float pq_encode_cost(float ee, float ed, float dd) {
+    return __fadd_rn(ee, __fmul_rn(PQ_ANISO_WEIGHT, __fmul_rn(ed, __fdiv_rn(ed, dd))));
+}
+
+// A warp, a row, after either search: where the second one is to look, or which codes to keep. aniso: of the lane's element; it and y are 0 beyond the head
+template <int TYPE>
+__device__ __forceinline__ void pq_encode_judge(pq_encode_found & f, int r, bool second, float y, float aniso, bool inside, const __half * centroids) {
+    typedef pq_encode_geom<TYPE> G;
+    const int   lane = threadIdx.x % PQ_WARP;
+    const float d    = __fmul_rn(aniso, y);
+    const float e    = inside ? __fsub_rn(y, pq_encode_centroid_element<TYPE>(centroids, lane, f.codes[second][r][G::code_of(lane)])) : 0.0f;
+    const float ee   = pq_encode_sum(__fmul_rn(e, e));
+    const float ed   = pq_encode_sum(__fmul_rn(e, d));
+    const float dd   = pq_encode_sum(__fmul_rn(d, d));
+    const float cost = pq_encode_cost(ee, ed, dd); // NaN without a direction, and then nothing costs less
+    if (!second) {
+        f.moved[r][lane] = __fadd_rn(y, __fmul_rn(__fmul_rn(PQ_ANISO_STEP, __fdiv_rn(ed, dd)), d));
+        if (lane == 0) {
+            f.cost[r] = cost;
+        }
+    } else if (cost < f.cost[r] && lane < G::N_CODES) {
+        f.codes[0][r][lane] = f.codes[1][r][lane];
+    }
+}
+
 // ---- a kernel of its own: one block, one strip ----
 
 struct alignas(16) pq_encode_few_smem {
     float   x[PQ_ENCODE_FEW_ROWS][PQ_MAX_D];
     float   y[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_STRIP];
     __half  T[PQ_MAX_D][PQ_ENCODE_STRIP];
-    uint8_t codes[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_STRIP / 2];
+    pq_encode_found found;
     int64_t cell[PQ_ENCODE_FEW_ROWS]; // of the cache, that the codes of a row go to
 };
 
@@ -256,6 +315,7 @@ __device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, i
             centroids[i] = __ldg(from + pq_encode_centroid_load<TYPE>(share, i));
         }
     }
+    const float aniso = tid % PQ_WARP < n_cols ? __ldg(h.aniso + col0 + tid % PQ_WARP) : 0.0f; // of an element per lane
     if (h.T) {
         for (int i = tid; i < D * (PQ_ENCODE_STRIP / 8); i += PQ_ENCODE_FEW_THREADS) {
             const int k = i / (PQ_ENCODE_STRIP / 8);
@@ -292,18 +352,29 @@ __device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, i
     }
     __syncthreads();
 
-    for (int r = 0; r < n_rows && share.place < n_cols; r++) {
-        const int index = pq_encode_search<TYPE, PQ_ENCODE_FEW_LOADS>(s.y[r], share, [&](int i) { return centroids[i]; }, tid);
-        if (share.lane == 0) {
-            s.codes[r][share.code] = (uint8_t) index;
+    const bool inside      = tid % PQ_WARP < n_cols;
+    const bool anisotropic = __any_sync(0xffffffff, aniso != 0.0f);
+#pragma unroll 1
+    for (int second = 0; second <= (int) anisotropic; second++) {
+        for (int r = 0; r < n_rows && share.place < n_cols; r++) {
+            const int index = pq_encode_search<TYPE, PQ_ENCODE_FEW_LOADS>(second ? s.found.moved[r] : s.y[r], share, [&](int i) { return centroids[i]; }, tid);
+            if (share.lane == 0) {
+                s.found.codes[second][r][share.code] = (uint8_t) index;
+            }
+        }
+        __syncthreads();
+        if (anisotropic) {
+            for (int r = tid / PQ_WARP; r < n_rows; r += PQ_ENCODE_FEW_THREADS / PQ_WARP) {
+                pq_encode_judge<TYPE>(s.found, r, second, inside ? s.y[r][tid % PQ_WARP] : 0.0f, aniso, inside, h.centroids + (size_t) col0 * PQ_KSUB);
+            }
+            __syncthreads();
         }
     }
-    __syncthreads();
 
     for (int i = tid; i < n_rows * G::N_CODES; i += PQ_ENCODE_FEW_THREADS) {
         const int r = i / G::N_CODES, code = i % G::N_CODES;
         if (G::place(code) < n_cols) {
-            *pq_encode_code<TYPE>(side, s.cell[r], head, col0, code) = s.codes[r][code];
+            *pq_encode_code<TYPE>(side, s.cell[r], head, col0, code) = s.found.codes[0][r][code];
         }
     }
 }

@@ -22,10 +22,11 @@ struct alignas(16) pq_encode_group_smem {
     uint4   centroids[PQ_ENCODE_STRIP * PQ_KSUB / 8];     // f16 [subspaces of the strip][PQ_KSUB][DSUB]
     float   raw[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_UNIT_D];    // of the unit to come
     float   mu[PQ_ENCODE_UNIT_D];
+    float   aniso[PQ_ENCODE_STRIP];
     __half  T[PQ_ENCODE_UNIT_D][PQ_ENCODE_STRIP];
     float   x[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_UNIT_D];   // of this unit: turned, rounded to f16, without the mean
     float   y[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_STRIP];
-    uint8_t codes[PQ_ENCODE_FEW_ROWS][PQ_ENCODE_STRIP / 2];
+    pq_encode_found found;
 };
 
 // Units are counted strips first, then heads of K, heads of V, rows.
@@ -65,6 +66,9 @@ __device__ __forceinline__ void pq_encode_ask_for_map(pq_encode_group_smem & s, 
     }
     if (tid < PQ_ENCODE_UNIT_D / 4) {
         pq_cp_async(&s.mu[4 * tid], h.mu + 4 * tid);
+    } else if (tid < PQ_ENCODE_UNIT_D / 4 + PQ_ENCODE_STRIP / 4) {
+        const int i = 4 * (tid - PQ_ENCODE_UNIT_D / 4);
+        pq_cp_async(&s.aniso[i], h.aniso + u.col0 + i);
     }
 }
 
@@ -157,7 +161,8 @@ __device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, int n_
         }
         pq_copy_wait<1>();
         pq_encode_group_sync();
-        const float mu = s.mu[tid];
+        const float mu = s.mu[tid], aniso = s.aniso[tid % PQ_WARP]; // an element of the row, and one of the strip
+        const bool  anisotropic = __any_sync(0xffffffff, aniso != 0.0f);
 #pragma unroll 1
         for (int r = 0; r < n_rows; r++) {
             float x = s.raw[r][tid];
@@ -186,19 +191,30 @@ __device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, int n_
         }
         pq_copy_commit();
 #pragma unroll 1
-        for (int r = 0; r < n_rows; r++) {
-            const int index = pq_encode_search<TYPE, 2>(s.y[r], share, [&](int i) { return s.centroids[pq_encode_centroid_load<TYPE>(share, i)]; }, tid);
-            if (share.lane == 0) {
-                s.codes[r][share.code] = (uint8_t) index;
+        for (int second = 0; second <= (int) anisotropic; second++) {
+#pragma unroll 1
+            for (int r = 0; r < n_rows; r++) {
+                const float * y = second ? s.found.moved[r] : s.y[r];
+                const int index = pq_encode_search<TYPE, 2>(y, share, [&](int i) { return s.centroids[pq_encode_centroid_load<TYPE>(share, i)]; }, tid);
+                if (share.lane == 0) {
+                    s.found.codes[second][r][share.code] = (uint8_t) index;
+                }
+            }
+            pq_encode_group_sync();
+            if (anisotropic) {
+#pragma unroll 1
+                for (int r = tid / PQ_WARP; r < n_rows; r += PQ_ENCODE_FEW_THREADS / PQ_WARP) {
+                    pq_encode_judge<TYPE>(s.found, r, second, s.y[r][tid % PQ_WARP], aniso, true, (const __half *) s.centroids);
+                }
+                pq_encode_group_sync();
             }
         }
-        pq_encode_group_sync();
         if (more) {
             pq_encode_ask_for_centroids(s, s.sides.side[then.side], then, tid);
         }
         pq_copy_commit();
         if (tid / N_CODES < n_rows) {
-            *pq_encode_code<TYPE>(side, cell, u.head, u.col0, tid % N_CODES) = s.codes[code_row][tid % N_CODES];
+            *pq_encode_code<TYPE>(side, cell, u.head, u.col0, tid % N_CODES) = s.found.codes[0][code_row][tid % N_CODES];
         }
         unit = next;
         if (!more) {

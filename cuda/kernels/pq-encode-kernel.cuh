@@ -56,11 +56,17 @@ struct pq_encode_tile_smem {
     static constexpr int ROWS   = D_STEPS <= 8 ? 128 : 64; // two blocks per multiprocessor
     static constexpr int STRIDE = 16 * D_STEPS + 8;        // + 8: the 8 rows of a matrix load lie in different banks
 
-    __half   x[ROWS][STRIDE];
+    union {
+        __half x[ROWS][STRIDE];
+        float  moved[ROWS][PQ_ENCODE_STRIP + 1];          // y for the second search of anisotropic codes, when x has done its duty
+    };
     __half   T[16 * D_STEPS][PQ_ENCODE_STRIP + 8];
     float    y[ROWS][PQ_ENCODE_STRIP + 1];                // + 1: rows of a warp lie in different banks
     uint4    centroids[PQ_ENCODE_STRIP * PQ_KSUB / 8];     // f16 [subspaces of the strip][PQ_KSUB][DSUB]
     float    mu[16 * D_STEPS];
+    float    aniso[PQ_ENCODE_STRIP];                      // 0 beyond the head
+    float    cost[ROWS];                                  // of the first codes
+    uint32_t first_codes[ROWS * PQ_ENCODE_STRIP / 2 / 4];
     float    mu_T[PQ_ENCODE_STRIP];
     float    error2_y[ROWS];                              // |x|^2, then the square of how far an element of y can be from the CPU's
     float    column_norm2[PQ_ENCODE_STRIP];               // of T
@@ -84,6 +90,9 @@ __device__ __forceinline__ void pq_encode_tile_begin(const pq_encode_params & p,
     }
     for (int i = tid; i < D; i += PQ_ENCODE_THREADS) {
         s.mu[i] = __ldg(h.mu + i);
+    }
+    if (tid < PQ_ENCODE_STRIP) {
+        s.aniso[tid] = tid < n_cols ? __ldg(h.aniso + col0 + tid) : 0.0f;
     }
     if (h.T) {
         for (int i = tid; i < 16 * D_STEPS * (PQ_ENCODE_STRIP / 8); i += PQ_ENCODE_THREADS) {
@@ -115,6 +124,17 @@ __device__ __forceinline__ void pq_encode_tile_begin(const pq_encode_params & p,
             s.mu_T[j]         = sum;
             s.column_norm2[j] = norm2;
         }
+    }
+}
+
+// No code is unsure yet.
+template <int D_STEPS>
+__device__ __forceinline__ void pq_encode_tile_forget(pq_encode_tile_smem<D_STEPS> & s) {
+    for (int i = threadIdx.x; i < s.ROWS * PQ_ENCODE_STRIP / 2 / 32; i += PQ_ENCODE_THREADS) {
+        s.unsure[i] = 0;
+    }
+    if (threadIdx.x == 0) {
+        s.n_unsure = 0;
     }
 }
 
@@ -182,12 +202,7 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
     for (int r = threadIdx.x; r < n_rows; r += PQ_ENCODE_THREADS) {
         s.cell[r] = (int32_t) (p.row_idx ? p.row_idx[row0 + r] : row0 + r);
     }
-    for (int i = threadIdx.x; i < s.ROWS * PQ_ENCODE_STRIP / 2 / 32; i += PQ_ENCODE_THREADS) {
-        s.unsure[i] = 0;
-    }
-    if (threadIdx.x == 0) {
-        s.n_unsure = 0;
-    }
+    pq_encode_tile_forget(s);
 }
 
 // The codes of a tile to the cache, in words where it allows that
@@ -359,8 +374,8 @@ __device__ __forceinline__ uint32_t pq_encode_split(float y) {
 
 // Codes of 16 rows: code `code_index` of the strip, number I of the warp.
 template <int TYPE, class KIND, int I, int D_STEPS>
-__device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & op, int row0, int n_rows, int code_index,
-                                                      pq_encode_tile_smem<D_STEPS> & s) {
+__device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & op, const float (*y)[PQ_ENCODE_STRIP + 1], int row0, int n_rows,
+                                                      int code_index, pq_encode_tile_smem<D_STEPS> & s) {
     typedef pq_encode_geom<TYPE> G;
     constexpr int DIMS   = KIND::DIMS;
     constexpr int N      = pq_encode_operand::N;
@@ -378,7 +393,7 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & 
         float n2 = 0.0f, mine = 0.0f;
 #pragma unroll
         for (int e = 0; e < DIMS; e++) {
-            const float v = s.y[row0 + g + 8 * r][place + e] * op.scale[I];
+            const float v = y[row0 + g + 8 * r][place + e] * op.scale[I];
             n2  += v * v;
             mine = e == t ? v : mine;
         }
@@ -455,7 +470,7 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & 
     float      y_r[DIMS];
 #pragma unroll
     for (int i = 0; i < DIMS; i++) {
-        y_r[i] = s.y[row][place + i];
+        y_r[i] = y[row][place + i];
     }
     const __half * centroids = (const __half *) s.centroids + place * PQ_KSUB;
     const int  k0  = g % PER; // where a lane begins, so that rows of a warp read from different banks
@@ -508,12 +523,14 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & 
 
 // One code, by a warp, in the order of operations of the CPU
 template <class KIND, int D_STEPS>
-__device__ __forceinline__ int pq_encode_tile_exact_of(const pq_encode_params & p, const pq_encode_head & h, int col0, int row, int place,
+__device__ __forceinline__ int pq_encode_tile_exact_of(const pq_encode_params & p, const pq_encode_head & h, bool second, int col0, int row, int place,
                                                     pq_encode_tile_smem<D_STEPS> & s) {
     const int lane = threadIdx.x % 32;
     const int j    = place + lane % KIND::DIMS;
     float y_j = 0.0f;
-    if (h.T) {
+    if (second) {
+        y_j = s.moved[row][j];
+    } else if (h.T) {
 #pragma unroll 2
         for (int k = 0; k < p.D; k += 8) { // the loads of a step do not wait for the sums of the one before it
             float x[8], T[8];
@@ -564,19 +581,94 @@ __device__ __forceinline__ int pq_encode_tile_exact_of(const pq_encode_params & 
 
 // Called and not inlined: it is rare, and the registers of the search are counted.
 template <int TYPE, int D_STEPS>
-__device__ __noinline__ void pq_encode_tile_exact(const pq_encode_params & p, const pq_encode_head & h, int col0, int at, pq_encode_tile_smem<D_STEPS> & s) {
+__device__ __noinline__ void pq_encode_tile_exact(const pq_encode_params & p, const pq_encode_head & h, bool second, int col0, int at,
+                                                  pq_encode_tile_smem<D_STEPS> & s) {
     typedef pq_encode_geom<TYPE> G;
     const int row = at / G::N_CODES, code = at % G::N_CODES, place = G::place(code);
     int index;
     if constexpr (TYPE == PQ_TYPE_PQ2) {
-        index = pq_encode_tile_exact_of<pq_encode_four>(p, h, col0, row, place, s);
+        index = pq_encode_tile_exact_of<pq_encode_four>(p, h, second, col0, row, place, s);
     } else if (TYPE == PQ_TYPE_PQ3 && G::is_shared(code)) {
-        index = pq_encode_tile_exact_of<pq_encode_shared>(p, h, col0, row, place, s);
+        index = pq_encode_tile_exact_of<pq_encode_shared>(p, h, second, col0, row, place, s);
     } else {
-        index = pq_encode_tile_exact_of<pq_encode_pair>(p, h, col0, row, place, s);
+        index = pq_encode_tile_exact_of<pq_encode_pair>(p, h, second, col0, row, place, s);
     }
     if (threadIdx.x % 32 == 0) {
         ((uint8_t *) s.codes)[at] = (uint8_t) index;
+    }
+}
+
+// ---- anisotropic codes (pq-layout.h) ----
+
+struct pq_encode_sums {
+    float ee, ed, dd;
+};
+
+// Elements I, I + N, I + 2 N, ... of a strip, added as the CPU's tree does. get(i): those of one element
+template <int N, int I, class GET>
+__device__ __forceinline__ pq_encode_sums pq_encode_tree(GET get) {
+    if constexpr (N == PQ_ENCODE_STRIP) {
+        return get(I);
+    } else {
+        const pq_encode_sums a = pq_encode_tree<2 * N, I>(get), b = pq_encode_tree<2 * N, I + N>(get);
+        return { __fadd_rn(a.ee, b.ee), __fadd_rn(a.ed, b.ed), __fadd_rn(a.dd, b.dd) };
+    }
+}
+
+// A row, by two threads side by side, after either search: pq_encode_judge with many rows. One takes the even elements, the other the odd ones, which is the
+// last step of the tree. y is that of the tensor cores, so it moves and costs what the CPU's does but for rounding; codes may differ where that decides.
+template <int TYPE, int D_STEPS>
+__device__ __noinline__ void pq_encode_tile_judge(bool second, int n_rows, int n_cols, pq_encode_tile_smem<D_STEPS> & s) {
+    typedef pq_encode_geom<TYPE> G;
+    constexpr int BATCH = 8;
+    for (int at = threadIdx.x; at < 2 * s.ROWS; at += PQ_ENCODE_THREADS) { // whole warps
+        const int row = at / 2, odd = at % 2;
+        uint8_t * codes = (uint8_t *) s.codes + row * G::N_CODES, * first = (uint8_t *) s.first_codes + row * G::N_CODES;
+        pq_encode_sums sums = pq_encode_tree<2, 0>([&](int even) {
+            const int   i = even + odd;
+            const float y = s.y[row][i], d = __fmul_rn(s.aniso[i], y);
+            const float e = __fsub_rn(y, pq_encode_centroid_element<TYPE>((const __half *) s.centroids, i, codes[G::code_of(i)]));
+            return i < n_cols ? pq_encode_sums{ __fmul_rn(e, e), __fmul_rn(e, d), __fmul_rn(d, d) } : pq_encode_sums{ 0.0f, 0.0f, 0.0f };
+        });
+        sums.ee = __fadd_rn(sums.ee, __shfl_xor_sync(0xffffffff, sums.ee, 1));
+        sums.ed = __fadd_rn(sums.ed, __shfl_xor_sync(0xffffffff, sums.ed, 1));
+        sums.dd = __fadd_rn(sums.dd, __shfl_xor_sync(0xffffffff, sums.dd, 1));
+        __syncwarp(); // both threads have read the codes
+        if (row >= n_rows) {
+            continue; // what is there is of no row
+        }
+        const float cost = pq_encode_cost(sums.ee, sums.ed, sums.dd);
+        if (!second) {
+            const float step = __fmul_rn(PQ_ANISO_STEP, __fdiv_rn(sums.ed, sums.dd));
+#pragma unroll 1
+            for (int i0 = odd; i0 < PQ_ENCODE_STRIP; i0 += 2 * BATCH) {
+                float y[BATCH], d[BATCH]; // all loads before the first store
+#pragma unroll
+                for (int i = 0; i < BATCH; i++) {
+                    y[i] = s.y[row][i0 + 2 * i];
+                    d[i] = __fmul_rn(s.aniso[i0 + 2 * i], y[i]);
+                }
+#pragma unroll
+                for (int i = 0; i < BATCH; i++) {
+                    s.moved[row][i0 + 2 * i] = __fadd_rn(y[i], __fmul_rn(step, d[i]));
+                }
+            }
+            if (odd) {
+                s.cost[row]     = cost;
+                s.error2_y[row] = 0.0f; // of what the second search looks for
+            }
+        }
+        if (!odd) {
+            const bool keep = second && !(cost < s.cost[row]);
+#pragma unroll
+            for (int i = 0; i < G::N_CODES; i += 4) { // a row has whole words of them
+                if (keep) {
+                    *(uint32_t *) (codes + i) = *(const uint32_t *) (first + i);
+                } else if (!second) {
+                    *(uint32_t *) (first + i) = *(const uint32_t *) (codes + i);
+                }
+            }
+        }
     }
 }
 
@@ -629,6 +721,7 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
             s.column_norm = sqrtf(column2);
         }
     }
+    const bool anisotropic = __any_sync(0xffffffff, s.aniso[tid % 32] != 0.0f);
     pq_pdl_wait();
     pq_pdl_launch_next();
 
@@ -638,22 +731,31 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
         __syncthreads();
         pq_encode_tile_transform(p, h, col0, s);
         __syncthreads();
-        for (int row = 0; row < n_rows; row += 16) {
-            pq_encode_codes_of_warp<TYPE>(pq_opaque(warp), [&](auto kind, auto i, int code) { // not known ahead: places of both kinds would take registers
-                if (G::place(code) < n_cols) {
-                    pq_encode_tile_search<TYPE, decltype(kind), i.value>(op, row, n_rows, code, s);
+#pragma unroll 1
+        for (int again = 0; again <= (int) anisotropic; again++) { // anisotropic codes are searched for twice
+            const float (*y)[PQ_ENCODE_STRIP + 1] = again ? s.moved : s.y;
+            for (int row = 0; row < n_rows; row += 16) {
+                pq_encode_codes_of_warp<TYPE>(pq_opaque(warp), [&](auto kind, auto i, int code) { // not known ahead: places of both kinds would take registers
+                    if (G::place(code) < n_cols) {
+                        pq_encode_tile_search<TYPE, decltype(kind), i.value>(op, y, row, n_rows, code, s);
+                    }
+                });
+            }
+            __syncthreads();
+            const bool listed = s.n_unsure <= PQ_ENCODE_MAX_LIST;
+            for (int i = warp; i < (listed ? s.n_unsure : s.ROWS * G::N_CODES / 32); i += WARPS) {
+                for (uint32_t left = listed ? 1 : s.unsure[i]; left != 0; left &= left - 1) {
+                    const int at = listed ? s.unsure_list[i] : i * 32 + __ffs(left) - 1;
+                    pq_encode_tile_exact<TYPE>(p, h, again, col0, at, s);
                 }
-            });
-        }
-        __syncthreads();
-        const bool listed = s.n_unsure <= PQ_ENCODE_MAX_LIST;
-        for (int i = warp; i < (listed ? s.n_unsure : s.ROWS * G::N_CODES / 32); i += WARPS) {
-            for (uint32_t left = listed ? 1 : s.unsure[i]; left != 0; left &= left - 1) {
-                const int at = listed ? s.unsure_list[i] : i * 32 + __ffs(left) - 1;
-                pq_encode_tile_exact<TYPE>(p, h, col0, at, s);
+            }
+            __syncthreads();
+            if (anisotropic) {
+                pq_encode_tile_judge<TYPE>(again, n_rows, n_cols, s);
+                pq_encode_tile_forget(s);
+                __syncthreads();
             }
         }
-        __syncthreads();
         pq_encode_tile_store<TYPE>(side, head, col0, n_cols, n_rows, s);
         __syncthreads(); // codes and x are free
     }

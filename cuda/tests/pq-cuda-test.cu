@@ -110,13 +110,17 @@ struct host_side {
     const uint8_t * row(int64_t s, int64_t cell, int h) const { return data.data() + s * stream_stride + cell * row_stride + h * head_bytes; }
 };
 
-static void make_codebook(host_side & x, rng & r, bool encodes = false) {
+// encodes: T is needed; aniso: codes of all heads but every third are anisotropic
+static void make_codebook(host_side & x, rng & r, bool encodes = false, bool aniso = false) {
     const pq_codebook_layout l = x.layout();
     x.blocks.assign((size_t) x.H * l.head_bytes, 0);
     for (int h = 0; h < x.H; h++) {
         uint8_t * b = x.blocks.data() + (size_t) h * l.head_bytes;
         for (int i = 0; i < x.D; i++) {
             ((float *) (b + l.mu))[i] = 0.5f * r.normal();
+        }
+        for (int i = 0; aniso && h % 3 != 2 && i < x.D; i++) {
+            ((float *) (b + l.aniso))[i] = r.normal();
         }
         if (x.transform) {
             for (int i = 0; i < x.D; i++) {
@@ -598,7 +602,7 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
              c.n_stream, c.n_q, (long long) c.n_kv, c.n_slots, c.transform, (int) c.rope);
     rng r((uint64_t) c.n_kv + c.n_slots * 7 + c.n_head + c.n_q);
     host_side k = make_side(c.kt, D, H, c.n_stream, c.n_kv, c.transform, r), v = make_side(c.vt, D, H, c.n_stream, c.n_kv, c.transform, r);
-    make_codebook(k, r, true);
+    make_codebook(k, r, true, true);
     make_codebook(v, r, true);
     // where the new rows go: the last cells of each stream, and any slots
     std::vector<int64_t> cell(n_rows), slot(n_rows);
@@ -1032,7 +1036,7 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
         c->H = H;
         c->transform = c->coded();
         if (c->coded()) {
-            make_codebook(*c, r, true);
+            make_codebook(*c, r, true, c == &ck);
         }
     }
     std::vector<float> x((size_t) n_batch * n_q * H * D);
