@@ -53,6 +53,10 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
         [ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_float), ctypes.c_int64],
         ctypes.c_int64,
     ),
+    "million_capture_matches": (
+        [ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_float), ctypes.c_int64],
+        ctypes.c_int64,
+    ),
     "million_capture_free": ([ctypes.c_void_p], None),
     "million_model_check": ([ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32], ctypes.c_char_p),
     "million_get_cache_info": ([ctypes.c_void_p, ctypes.POINTER(CacheInfo)], None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import secrets
@@ -174,8 +175,8 @@ def codebook_file_bytes(shape: container.ModelShape, specs: Sequence[PQSpec], *,
     total = 64 << 10  # keys, errors, alignment
     for spec in specs:
         for n_head_kv, d_k, d_v in zip(shape.n_head_kv, shape.D_k, shape.D_v, strict=True):
-            for size in (d_k, d_v) if n_head_kv else ():
-                raw = 32 + container.payload_bytes(spec, size, n_head_kv, has_transform)
+            for size, is_k in ((d_k, True), (d_v, False)) if n_head_kv else ():
+                raw = 32 + container.payload_bytes(spec, size, n_head_kv, has_transform, has_aniso=is_k)
                 total += 8 + (raw + 2) // 3 * 4
     return total
 
@@ -322,12 +323,13 @@ def _train(
                         f"{src}: blk.{layer} {side} rows are of shape {rows.shape(layer, kind)}, "
                         f"the metadata says {expected} (heads, head size): {_OTHER_TYPES}"
                     )
-                sample = rows.rows(layer, kind)
+                kept = rows.rows(layer, kind)
                 metric = _query_metric(rows, shape, layer) if kind == K else _output_metric(header, shape, layer)
                 if metric is None:
                     plain[kind].append(layer)
-                n_held_back = max(1, sample.shape[0] // _HELD_BACK)
-                held_back, sample = sample[-n_held_back:], sample[:-n_held_back]
+                matches = rows.matches(layer) if kind == K and metric is not None else None
+                n_held_back = max(1, kept.shape[0] // _HELD_BACK)
+                held_back, sample = kept[-n_held_back:], kept[:-n_held_back]
                 basis = transform.fit(sample, metric)
                 sample = sample[:: -(-sample.shape[0] // _MAX_TRAINED)]
                 for spec in specs:
@@ -339,6 +341,8 @@ def _train(
                         stretch=_STRETCH_K if kind == K else 1.0,
                         n_threads=n_threads or 0,
                     )
+                    if matches is not None:
+                        cb = _with_anisotropy(cb, matches, kept)
                     books[spec.name][kind][layer], errors[spec.name][kind][layer] = cb, error
                     heads = figures[spec.name][kind]
                     heads["spread"][layer] = basis.spread.tolist()
@@ -375,6 +379,18 @@ def _query_metric(rows: Capture, shape: container.ModelShape, layer: int) -> npt
     if rows.shape(layer, Q) != (shape.n_head[layer], shape.D_k[layer]):
         return None
     return transform.query_metric(rows.rows(layer, Q), shape.n_head_kv[layer], rows.weights(layer))
+
+
+def _with_anisotropy(cb: Codebook, matches: npt.NDArray[np.float32], rows: npt.NDArray[np.float32]) -> Codebook:
+    """A codebook of K that knows where the queries lie that look for a key; ``matches`` as of ``Capture.matches``."""
+    from .. import transform
+
+    assert cb.T is not None and cb.T_inv is not None
+    variance = np.empty(cb.mu.shape)
+    for h in range(cb.n_head_kv):
+        y = (rows[:, h] - cb.mu[h]) @ cb.T[h].astype(np.float32)
+        variance[h] = y.var(axis=0, dtype=np.float64)
+    return dataclasses.replace(cb, aniso=transform.anisotropy(matches, cb.T, cb.T_inv, cb.mu, variance))
 
 
 def _output_metric(

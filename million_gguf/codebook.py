@@ -166,7 +166,8 @@ def head_errors(cb: Codebook, rows: npt.NDArray[np.floating], *, n_threads: int 
     """Error of each head on rows that need not be those of the training: f64 ``[n_head_kv]``.
 
     Squared error over squared deviation from the codebook's mean, both in ``y = (x - mu) T``: where the transform comes
-    from a metric, the share of what the rows do to the model that coding loses. 0 where the rows do not deviate.
+    from a metric, the share of what the rows do to the model that coding loses. 0 where the rows do not deviate. It is that
+    of nearest codes: ``aniso`` is left out, which accepts more of this error for less of another.
 
     Args:
         rows: f32 or f16 ``[n, n_head_kv, D]``.

@@ -107,6 +107,48 @@ def query_metric(
     return metric
 
 
+def anisotropy(
+    matches: npt.NDArray[np.floating],
+    T: npt.NDArray[np.floating],
+    T_inv: F64,
+    mu: npt.NDArray[np.floating],
+    variance: F64,
+) -> npt.NDArray[np.float32]:
+    """Where the queries that look for a key lie: f32 ``[n_head_kv, D]``, for ``pq_ref.Codebook.aniso``.
+
+    A query q meets y as ``q' = T^-1 q``. This is the regression of q' on the y that it looks for, axis by axis: ``sum w y q'`` over the
+    variance of y, which is that of all rows and not of those that were looked for.
+
+    Args:
+        matches: ``[n_head_kv, D + 1, D]``, sums of ``w k_i q_j`` and (row D) of ``w q_j``.
+        T, T_inv: ``[n_head_kv, D, D]``; mu: ``[n_head_kv, D]``. Of the codebook.
+        variance: ``[n_head_kv, D]`` of all rows of y.
+
+    Returns:
+        The largest element of a head is 1 or -1, as only ratios count; 0 where y does not vary, and in a head that no query looks
+        at. Raises MismatchError when shapes do not fit, InputError when the sums are not finite.
+    """
+    n_head_kv, D = mu.shape
+    for name, a, want in (
+        ("matches", matches, (n_head_kv, D + 1, D)),
+        ("T", T, (n_head_kv, D, D)),
+        ("T_inv", T_inv, (n_head_kv, D, D)),
+        ("variance", variance, (n_head_kv, D)),
+    ):
+        if a.shape != want:
+            raise MismatchError(f"{name} is {list(a.shape)}, need {list(want)}")
+    if not np.isfinite(matches).all():
+        raise InputError(
+            "found queries or keys with NaN or infinity, need finite ones: check that the model runs well without PQ"
+        )
+    sums = matches.astype(np.float64)
+    about_mu = sums[:, :D] - mu.astype(np.float64)[:, :, None] * sums[:, D:]
+    along = np.einsum("hid,hij,hdj->hd", T.astype(np.float64), about_mu, T_inv, optimize=True)
+    out = np.where(variance > 0.0, along / np.where(variance > 0.0, variance, 1.0), 0.0)
+    largest = np.abs(out).max(axis=1, keepdims=True)
+    return (out / np.where(largest > 0.0, largest, 1.0)).astype(np.float32)
+
+
 def output_metric(weight: npt.NDArray[np.floating], n_head_kv: int, D: int) -> F64:
     """Cost of errors in V: f64 ``[n_head_kv, D, D]`` from the output projection ``[n_embd, n_head * D]``.
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import Result, environment
 from gguf import GGUFValueType as VT
 from gguf_edit import edit, encoded
-from helpers import write_model
+from helpers import make_set, write_model
 from million_gguf.converters import gguf as converters_gguf
 from million_gguf.converters import hf
 from million_gguf.converters.gguf import calibrate, check_model, codebook_file_bytes, load_text, parse_types
@@ -337,6 +337,111 @@ def test_weights_of_queries_are_what_far_keys_do_to_outputs(plain_gguf: Path) ->
                     # where v and o are nearly the same, digits cancel
                     small = 1e-4 * np.square(values).sum(axis=1).max()
                     assert weights[i, h] == pytest.approx([far, cost.sum()], rel=0.05, abs=small)
+
+
+@pytest.mark.native
+def test_matches_are_the_keys_that_queries_look_for(plain_gguf: Path) -> None:
+    """The sums of w k^T q over all but the last 128 keys of each query, recomputed with NumPy as above."""
+    from million_gguf.converters.capture import K, Q, V, capture
+
+    n_ctx, n_context, n_near = 512, 2, 128
+    shape = container.model_shape(plain_gguf)
+    text = load_text(None, 4096).text
+    with capture(plain_gguf, text, shape, n_tokens=n_context * n_ctx, n_ctx=n_ctx, progress=False) as captured:
+        for layer in range(shape.block_count):
+            k, v, q = (captured.rows.rows(layer, kind).astype(np.float64) for kind in (K, V, Q))
+            n_head_kv, D = k.shape[1:]
+            group = q.shape[1] // n_head_kv
+            want, weight = np.zeros((n_head_kv, D + 1, D)), np.zeros(n_head_kv)
+            for i in range(len(q)):
+                start, position = 4 * i // n_ctx * n_ctx, 4 * i % n_ctx  # a query of four is kept
+                n_far = max(0, position + 1 - n_near)
+                for h in range(q.shape[1]):
+                    keys = k[start : start + position + 1, h // group]
+                    values = v[start : start + position + 1, h // group]
+                    score = keys @ q[i, h] / np.sqrt(D)
+                    p = np.exp(score - score.max())
+                    p /= p.sum()
+                    w = (p**2 * np.square(values - p @ values).sum(axis=1))[:n_far]
+                    want[h // group, :D] += np.outer(w @ keys[:n_far], q[i, h])
+                    want[h // group, D] += w.sum() * q[i, h]
+                    weight[h // group] += w.sum()
+            found = captured.rows.matches(layer)
+            assert found is not None and found.dtype == np.float32 and found.shape == want.shape
+            for part in (slice(D), slice(D, D + 1)):
+                error = np.linalg.norm(found[:, part] - want[:, part], axis=(1, 2))
+                assert (error < 0.02 * np.linalg.norm(want[:, part], axis=(1, 2))).all()
+        with pytest.raises(NativeError, match="no rows"):
+            captured.rows.matches(captured.rows.n_layer)
+
+
+class FakeCapture:
+    """Rows as of a small model, where only queries like the first axes of a key look for it."""
+
+    n_layer = 2
+
+    def __init__(self, shape: container.ModelShape, with_matches: bool, with_queries: bool) -> None:
+        self._shape, self._with_matches, self._with_queries = shape, with_matches, with_queries
+
+    def shape(self, layer: int, kind: int) -> tuple[int, int] | None:
+        if kind == 2 and not self._with_queries:
+            return None
+        return (self._shape.n_head if kind == 2 else self._shape.n_head_kv)[layer], self._shape.D_k[layer]
+
+    def rows(self, layer: int, kind: int) -> np.ndarray:
+        shape = self.shape(layer, kind)
+        assert shape is not None
+        x = np.random.default_rng([layer, kind]).standard_normal((600, *shape)) + 3.0
+        return x.astype(np.float16).astype(np.float32)
+
+    def weights(self, layer: int) -> np.ndarray:
+        return np.ones((600, self._shape.n_head[layer], 2), np.float32)
+
+    def matches(self, layer: int) -> np.ndarray | None:
+        assert self._with_queries
+        if not self._with_matches:
+            return None
+        k = self.rows(layer, 0).astype(np.float64)
+        q = (k - k.mean(axis=0)) * (np.arange(k.shape[2]) < 3)
+        sums: np.ndarray = np.einsum("nhi,nhj->hij", np.concatenate([k, np.ones((*k.shape[:2], 1))], axis=2), q)
+        return sums.astype(np.float32)
+
+
+@pytest.mark.parametrize("with_queries", [True, False])
+@pytest.mark.parametrize("with_matches", [True, False])
+def test_codebooks_of_k_get_an_anisotropy_where_queries_are_known(
+    tiny: Path, with_matches: bool, with_queries: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = container.model_shape(tiny)
+    monkeypatch.setattr(converters_gguf, "_output_metric", lambda *_: np.stack([np.eye(8)] * 2))
+    captured: Any = FakeCapture(shape, with_matches, with_queries)
+    specs = parse_types("pq4,pq3")
+    trained = converters_gguf._train(captured, shape, specs, 0, 1, tiny, False)
+    for t in trained.values():
+        assert all(cb is not None and cb.aniso is None for cb in t.v)
+        for layer, cb in enumerate(t.k):
+            assert cb is not None and cb.T is not None and cb.T_inv is not None
+            if not (with_matches and with_queries):
+                assert cb.aniso is None
+                continue
+            # Of each type by its own T: what is left of a key in the map of a query, axis by axis.
+            assert cb.aniso is not None
+            k = captured.rows(layer, 0)
+            for h in range(cb.n_head_kv):
+                T = cb.T[h].astype(np.float64)
+                y = (k[:, h] - cb.mu[h]) @ T
+                image = ((k[:, h] - k[:, h].mean(axis=0)) * (np.arange(8) < 3)) @ cb.T_inv[h].T
+                slope = (y * image).sum(axis=0) / y.var(axis=0)
+                assert cb.aniso[h] == pytest.approx(slope / np.abs(slope).max(), abs=1e-3)
+                assert np.abs(cb.aniso[h]).max() == 1.0
+
+
+def test_the_space_estimate_knows_of_the_anisotropy(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.gguf", n_layer=40, D=8, n_head_kv=4)
+    specs = list(PQ_TYPES.values())
+    books = make_set(model, with_transform=True, with_aniso=True)
+    estimate = codebook_file_bytes(container.model_shape(model), specs)
+    assert container.codebook_bytes(books.types) <= estimate - (64 << 10)
 
 
 # ---- convert ----

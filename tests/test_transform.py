@@ -84,6 +84,45 @@ def test_the_axes_do_not_correlate() -> None:
         assert (np.diff(basis.variance[h]) <= 0).all()
 
 
+def matched(keys: np.ndarray, queries: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """As of ``Capture.matches``: keys, queries ``[n, n_head_kv, D]``, weights ``[n, n_head_kv]``, one query for each key."""
+    ones = np.ones((*keys.shape[:2], 1))
+    sums: np.ndarray = np.einsum("nhi,nhj,nh->hij", np.concatenate([keys, ones], axis=2), queries, weights)
+    return sums.astype(np.float32)
+
+
+@pytest.mark.parametrize("name", PQ_TYPES)
+def test_the_anisotropy_is_where_the_queries_lie_that_look_for_a_key(name: str) -> None:
+    """Queries whose images are b * y and noise: the ratios of b come back, whatever the mean of the keys."""
+    rng = np.random.default_rng(0)
+    n, n_head_kv, D = 20000, 2, 16
+    keys = correlated(n, n_head_kv, D).astype(np.float64)
+    mu = keys.mean(axis=0).astype(np.float32)
+    T = transform.fit(keys, None).transform(PQ_TYPES[name])
+    T_inv = np.linalg.inv(T.astype(np.float64))
+    y = np.einsum("nhi,hij->nhj", keys - mu, T.astype(np.float64))
+    b = rng.uniform(-1.0, 1.0, (n_head_kv, D))
+    images = b * y + 0.5 * rng.standard_normal(y.shape) * y.std(axis=0)
+    queries = np.einsum("hij,nhj->nhi", T.astype(np.float64), images)  # q' = T^-1 q
+    found = transform.anisotropy(matched(keys, queries, rng.random((n, n_head_kv))), T, T_inv, mu, y.var(axis=0))
+    assert found.dtype == np.float32
+    want = b / np.abs(b).max(axis=1, keepdims=True)
+    assert np.abs(found - want).max() < 0.05
+    assert np.abs(found).max(axis=1).tolist() == [1.0, 1.0]
+
+
+def test_heads_and_axes_without_anisotropy() -> None:
+    rng = np.random.default_rng(0)
+    keys, T = rng.standard_normal((500, 2, 8)), np.broadcast_to(np.eye(8), (2, 8, 8))
+    keys[:, :, 5] = 3.0
+    mu = keys.mean(axis=0).astype(np.float32)
+    weights = np.ones((500, 2)) * [0.0, 1.0]  # no query looks at the first head
+    found = transform.anisotropy(matched(keys, keys, weights), T, T, mu, (keys - mu).var(axis=0))
+    assert (found[0] == 0.0).all()
+    assert found[1] == pytest.approx(np.where(np.arange(8) == 5, 0.0, 1.0), abs=1e-4)
+    assert found[1, 5] == 0.0
+
+
 def test_spread_is_arithmetic_over_geometric_mean() -> None:
     variance = np.array([[8.0, 4.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
     basis = transform.Basis(np.broadcast_to(np.eye(4), (3, 4, 4)), variance)
@@ -237,6 +276,7 @@ def test_refuses_what_does_not_fit() -> None:
     rows = correlated(50, 2, 8)
     nan = rows.copy()
     nan[3, 1, 2] = np.nan
+    T, mu = np.zeros((2, 8, 8)), np.zeros((2, 8))
     for error, message, call in [
         (MismatchError, "the metric is", lambda: transform.fit(rows, np.zeros((1, 8, 8)))),
         (InputError, "rows with NaN", lambda: transform.fit(nan, None)),
@@ -245,6 +285,10 @@ def test_refuses_what_does_not_fit() -> None:
         (MismatchError, "weights are", lambda: transform.query_metric(rows, 2, np.ones((len(rows), 2)))),
         (MismatchError, "need at least one", lambda: transform.query_metric(rows[:0], 2)),
         (MismatchError, "20 columns", lambda: transform.output_metric(np.zeros((4, 20)), 2, 8)),
+        (MismatchError, "matches is", lambda: transform.anisotropy(np.zeros((2, 8, 8)), T, T, mu, mu)),
+        (MismatchError, "T_inv is", lambda: transform.anisotropy(np.zeros((2, 9, 8)), T, T[:1], mu, mu)),
+        (MismatchError, "variance is", lambda: transform.anisotropy(np.zeros((2, 9, 8)), T, T, mu, mu[:1])),
+        (InputError, "keys with NaN", lambda: transform.anisotropy(np.full((2, 9, 8), np.inf), T, T, mu, mu)),
         (InputError, "projection with NaN", lambda: transform.output_metric(np.full((4, 16), np.nan), 2, 8)),
     ]:
         with pytest.raises(error, match=message):
@@ -352,6 +396,16 @@ def test_inspect_names_the_worst_heads(million: Any, tmp_path: Path) -> None:
     assert facts["codebooks"]["types"]["pq4"]["k_heads"] == figures
 
 
+def test_inspect_says_whether_k_has_an_anisotropy(million: Any, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m.gguf")
+    for with_aniso in (False, True):
+        container.embed(model, tmp_path / "pq.gguf", make_set(model, ["pq4"], with_aniso=with_aniso))
+        facts = json.loads(million("inspect", "--json", tmp_path / "pq.gguf").out)
+        assert facts["codebooks"]["types"]["pq4"]["anisotropy"] is with_aniso
+        table = [line.split() for line in million("inspect", tmp_path / "pq.gguf").out.splitlines()]
+        assert ["pq4", "4", "0.03", "25.0%", "no", "yes" if with_aniso else "no", "0.2500", "0.2500"] in table
+
+
 @pytest.mark.native
 def test_calibration_trains_transforms_and_measures_them(demo_gguf: Path) -> None:
     books = container.read(demo_gguf)
@@ -359,6 +413,10 @@ def test_calibration_trains_transforms_and_measures_them(demo_gguf: Path) -> Non
         for cb, heads in zip((*t.k, *t.v), ([t.k_heads] * len(t.k) + [t.v_heads] * len(t.v)), strict=True):
             assert cb is not None and cb.T is not None
             assert set(heads) == set(container.HEAD_FIGURES)
+        for cb in t.k:
+            assert cb is not None and cb.aniso is not None
+            assert (np.abs(cb.aniso).max(axis=1) == 1.0).all(), "every head of a real model looks beyond the tail"
+        assert all(cb is not None and cb.aniso is None for cb in t.v)
         for heads in (t.k_heads, t.v_heads):
             trained, measured = (np.concatenate(heads[f]) for f in ("trained", "measured"))
             assert (np.concatenate(heads["spread"]) > 1.0).all()

@@ -82,6 +82,7 @@ def _codebooks(header: GGUFHeader, books: CodebookSet, shape: container.ModelSha
                 "bits_per_element": _spec(t.k).bits_per_element,
                 "bytes_per_token": _bytes_per_token(shape, _spec(t.k).bits_per_element),
                 "transform": any(cb is not None and cb.T is not None for cb in (*t.k, *t.v)),
+                "anisotropy": any(cb is not None and cb.aniso is not None for cb in t.k),
                 "k_error": [None if cb is None else e for cb, e in zip(t.k, t.k_error, strict=True)],
                 "v_error": [None if cb is None else e for cb, e in zip(t.v, t.v_error, strict=True)],
                 "k_heads": t.k_heads,
@@ -129,7 +130,7 @@ def _print_tables(facts: dict[str, Any]) -> None:
 
     made = table(
         "Cache types; errors are squared, over the variance",
-        ("type", "bits", "KiB per token", "of f16", "transform", "K error", "V error"),
+        ("type", "bits", "KiB per token", "of f16", "transform", "anisotropy", "K error", "V error"),
     )
     for name, t in books["types"].items():
         made.add_row(
@@ -138,6 +139,7 @@ def _print_tables(facts: dict[str, Any]) -> None:
             f"{t['bytes_per_token'] / 1024:.2f}",
             f"{t['bytes_per_token'] / facts['f16_bytes_per_token']:.1%}",
             "yes" if t["transform"] else "no",
+            "yes" if t["anisotropy"] else "no",
             _error(_mean(t["k_error"])),
             _error(_mean(t["v_error"])),
         )

@@ -87,7 +87,9 @@ struct million_capture {
         return kind >= 0 && kind < 3 && il >= 0 && il < (int) layers[kind].size() ? &layers[kind][il] : nullptr;
     }
 
-    std::vector<float> query_weights(const ggml_tensor * attn, const std::vector<std::pair<int64_t, int64_t>> & queries);
+    std::vector<std::vector<double>> matches; // [il], as million_capture_matches writes them; empty: none were weighed
+
+    std::vector<float> weigh(const ggml_tensor * attn, const std::vector<std::pair<int64_t, int64_t>> & queries, std::vector<double> & sums);
 };
 
 // A tensor's data where the CPU can read it, whatever its strides.
@@ -118,28 +120,37 @@ struct graph_input {
     }
 };
 
-// dst f32 [2, n_query, group]: the sums of p^2 |v - o|^2 that million_capture_weights tells of. Sources f32: p and v.o
-// [n_kv, n_query, group], |v|^2 [1, n_kv], |o|^2 [1, n_query, group]; n_seen: by query, its cell and those before.
-static void sum_costs(ggml_tensor * dst, int ith, int nth, void * n_seen) {
-    const int64_t n_kv = dst->src[0]->ne[0];
+struct query_costs {
+    std::vector<int64_t> n_seen; // by query, its cell and those before
+    std::vector<float>   costs;  // [group][n_query][2]: what million_capture_weights tells of
+};
+
+// dst f32 [n_kv, n_query, group]: p^2 |v - o|^2 of the keys that an exact tail does not hold, 0 for the others. Sources f32: p and v.o
+// [n_kv, n_query, group], |v|^2 [1, n_kv], |o|^2 [1, n_query, group].
+static void weigh_keys(ggml_tensor * dst, int ith, int nth, void * user_data) {
+    auto &        q    = *(query_costs *) user_data;
+    const int64_t n_kv = dst->ne[0];
     const float * vv   = (const float *) dst->src[2]->data;
     for (int64_t r = ith; r < ggml_nrows(dst); r += nth) {
         const float * p  = (const float *) dst->src[0]->data + r * n_kv;
         const float * vo = (const float *) dst->src[1]->data + r * n_kv;
         const float   oo = ((const float *) dst->src[3]->data)[r];
-        const int64_t n  = ((const int64_t *) n_seen)[r % dst->ne[1]];
-        double        cost[2] = {}; // of keys that the tail holds, and of all others
+        float       * w  = (float *) dst->data + r * n_kv;
+        const int64_t n  = q.n_seen[r % dst->ne[1]], n_far = std::max<int64_t>(0, n - N_TAIL);
+        double        far = 0.0, near = 0.0;
         for (int64_t j = 0; j < n; ++j) {
-            cost[j < n - N_TAIL] += (double) p[j] * p[j] * std::max(0.0f, vv[j] - 2.0f * vo[j] + oo);
+            w[j] = p[j] * p[j] * std::max(0.0f, vv[j] - 2.0f * vo[j] + oo);
+            (j < n_far ? far : near) += w[j];
         }
-        float * out = (float *) dst->data + 2 * r;
-        out[0] = (float) cost[1];
-        out[1] = (float) (cost[0] + cost[1]);
+        std::fill(w + n_far, w + n_kv, 0.0f);
+        q.costs[2 * r]     = (float) far;
+        q.costs[2 * r + 1] = (float) (near + far);
     }
 }
 
-// What million_capture_weights says, of the queries (token, stream) of one attention: f32 [n_query][n_head][2].
-std::vector<float> million_capture::query_weights(const ggml_tensor * attn, const std::vector<std::pair<int64_t, int64_t>> & queries) {
+// What million_capture_weights says, of the queries (token, stream) of one attention: f32 [n_query][n_head][2]. What million_capture_matches says of them is
+// added to `sums`.
+std::vector<float> million_capture::weigh(const ggml_tensor * attn, const std::vector<std::pair<int64_t, int64_t>> & queries, std::vector<double> & sums) {
     const ggml_tensor * q = attn->src[0];
     const ggml_tensor * k = attn->src[1];
     const ggml_tensor * v = attn->src[2];
@@ -160,6 +171,8 @@ std::vector<float> million_capture::query_weights(const ggml_tensor * attn, cons
     const host_tensor hq(q), hk(k), hv(v), ho(attn), hm(attn->src[3]);
     const int64_t n_kv  = k->ne[1];
     const int64_t group = n_head / k->ne[2];
+    const int64_t D     = k->ne[0];
+    sums.resize(k->ne[2] * (D + 1) * D);
 
     std::vector<float> sinks;
     if (attn->src[4]) {
@@ -172,7 +185,8 @@ std::vector<float> million_capture::query_weights(const ggml_tensor * attn, cons
         const int64_t        s    = part / k->ne[2];
         const int64_t        h_kv = part % k->ne[2];
         const int64_t        h0   = h_kv * group;
-        std::vector<int64_t> mine, n_seen;
+        std::vector<int64_t> mine;
+        query_costs          seen;
         for (int64_t i = 0; i < (int64_t) queries.size(); ++i) {
             if (queries[i].second == s) {
                 mine.push_back(i);
@@ -188,7 +202,7 @@ std::vector<float> million_capture::query_weights(const ggml_tensor * attn, cons
             while (n > 0 && ggml_fp16_to_fp32(masked(i, h0)[n - 1]) == -INFINITY) {
                 --n;
             }
-            n_seen.push_back(n);
+            seen.n_seen.push_back(n);
         }
 
         ggml_context *     ctx = ggml_init({ ggml_tensor_overhead() * 64 + ggml_graph_overhead(), nullptr, /*no_alloc =*/ true });
@@ -200,6 +214,7 @@ std::vector<float> million_capture::query_weights(const ggml_tensor * attn, cons
             return t;
         };
         const int64_t n  = (int64_t) mine.size();
+        seen.costs.resize(2 * n * group);
         auto *        tq = add(GGML_TYPE_F32, q->ne[0], n, group, [&](int64_t i, int64_t g) { return hq.row(token(i), h0 + g, s); });
         auto *        to = add(GGML_TYPE_F32, v->ne[0], n, group, [&](int64_t i, int64_t g) { return ho.row(h0 + g, token(i), s); });
         auto *        tk = add(k->type, k->ne[0], n_kv, 1, [&](int64_t j, int64_t) { return hk.row(j, h_kv, s % k->ne[3]); });
@@ -220,9 +235,14 @@ std::vector<float> million_capture::query_weights(const ggml_tensor * attn, cons
             ggml_soft_max_add_sinks(p, add(GGML_TYPE_F32, group, 1, 1, [&](int64_t, int64_t) { return sinks.data() + h0; }));
         }
         ggml_tensor * args[] = { p, ggml_mul_mat(ctx, tv, to), ggml_sum_rows(ctx, ggml_sqr(ctx, tv)), ggml_sum_rows(ctx, ggml_sqr(ctx, to)) };
-        ggml_tensor * costs  = ggml_custom_4d(ctx, GGML_TYPE_F32, 2, n, group, 1, args, 4, sum_costs, GGML_N_TASKS_MAX, n_seen.data());
+        ggml_tensor * w = ggml_custom_4d(ctx, GGML_TYPE_F32, n_kv, n, group, 1, args, 4, weigh_keys, GGML_N_TASKS_MAX, &seen);
+
+        // [D][D]: by query the sum of w k, and of these by element of the query
+        const auto    turned = [&](ggml_tensor * t) { return ggml_cont(ctx, ggml_transpose(ctx, t)); };
+        ggml_tensor * wk     = ggml_mul_mat(ctx, turned(tk), ggml_reshape_2d(ctx, w, n_kv, n * group));
+        ggml_tensor * match  = ggml_mul_mat(ctx, turned(ggml_reshape_2d(ctx, tq, D, n * group)), turned(wk));
         ggml_cgraph * graph  = ggml_new_graph(ctx);
-        ggml_build_forward_expand(graph, costs);
+        ggml_build_forward_expand(graph, match);
         if (!ggml_gallocr_alloc_graph(memory.get(), graph)) {
             GGML_ABORT("not enough memory to weigh the queries of a calibration");
         }
@@ -230,8 +250,16 @@ std::vector<float> million_capture::query_weights(const ggml_tensor * attn, cons
             i.copy();
         }
         GGML_ASSERT(ggml_backend_graph_compute(cpu.get(), graph) == GGML_STATUS_SUCCESS);
+        double * sum = sums.data() + h_kv * (D + 1) * D;
+        for (int64_t i = 0; i < D * D; ++i) {
+            sum[i] += ((const float *) match->data)[i];
+        }
         for (int64_t r = 0; r < n * group; ++r) {
-            memcpy(&out[(mine[r % n] * n_head + h0 + r / n) * 2], (const float *) costs->data + 2 * r, 2 * sizeof(float));
+            const float * q_r = (const float *) hq.row(token(r % n), h0 + r / n, s);
+            for (int64_t i = 0; i < D; ++i) {
+                sum[D * D + i] += (double) seen.costs[2 * r] * q_r[i];
+            }
+            memcpy(&out[(mine[r % n] * n_head + h0 + r / n) * 2], &seen.costs[2 * r], 2 * sizeof(float));
         }
         ggml_free(ctx);
     }
@@ -347,7 +375,8 @@ bool million_capture_eval(ggml_tensor * t, bool ask, void * user_data) {
         }
     }
     if (!kept.empty()) {
-        const auto    weights = cap->query_weights(t, kept);
+        cap->matches.resize(std::max<size_t>(cap->matches.size(), il + 1));
+        const auto    weights = cap->weigh(t, kept, cap->matches[il]);
         const int64_t w       = r.n_head * 2;
         r.weights.resize(r.n_rows() * w);
         for (size_t i = 0; i < kept.size(); ++i) {
@@ -400,4 +429,16 @@ int64_t million_capture_weights(const million_capture * cap, int32_t il, float *
     const int64_t n = std::min((int64_t) r->weights.size() / w, n_max);
     std::copy_n(r->weights.data(), n * w, dst);
     return n;
+}
+
+int64_t million_capture_matches(const million_capture * cap, int32_t il, float * dst, int64_t n_max) {
+    if (il < 0 || il >= (int32_t) cap->matches.size()) {
+        return 0;
+    }
+    const auto & sums = cap->matches[il];
+    if ((int64_t) sums.size() > n_max) {
+        return 0; // of other heads than the caller has in mind
+    }
+    std::copy(sums.begin(), sums.end(), dst);
+    return (int64_t) sums.size();
 }
