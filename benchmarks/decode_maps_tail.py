@@ -50,11 +50,11 @@ def has_maps(path: Path, kv_cache: str) -> bool:
 
 
 def make_identity(maps: Path, identity: Path) -> None:
-    """Write a copy of ``maps`` whose codebooks have no maps: of use for nothing but measurements of speed."""
+    """Write a copy of ``maps`` whose codebooks have no maps and no anisotropy: of use for nothing but measurements of speed."""
     codebooks = container.read(maps)
 
     def plain(side: list[Any]) -> list[Any]:
-        return [cb and dataclasses.replace(cb, T=None) for cb in side]
+        return [cb and dataclasses.replace(cb, T=None, aniso=None) for cb in side]
 
     types = {n: dataclasses.replace(t, k=plain(t.k), v=plain(t.v)) for n, t in codebooks.types.items()}
     container.embed(maps, identity, dataclasses.replace(codebooks, types=types))
