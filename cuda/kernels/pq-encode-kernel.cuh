@@ -2,7 +2,8 @@
 // rows. Its strip of T and its centroids are read once and serve all its rows.
 //
 // Codes are bit-identical with the CPU's: x is rounded to f16, each element of y is one chain of fused multiply-adds over
-// k = 0, 1, ..., a distance is a sum of squares from the left without fusing, and the lowest index wins a tie.
+// k = 0, 1, ..., a distance is a sum of squares from the left without fusing, and the lowest index wins a tie. So are anisotropic codes of a few
+// rows; of many, those where rounding decides may be others.
 #pragma once
 
 #include "pq-cuda-common.cuh"
