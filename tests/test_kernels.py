@@ -122,12 +122,11 @@ def test_encode(simd: str, name: str, D: int, with_transform: bool, dtype: str) 
     check_codes(cb, x, native.encode(cb, x))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("with_transform", [False, True])
-@pytest.mark.parametrize("D", [8, 16, 24, 40, *HEAD_SIZES])
+@pytest.mark.parametrize("D", [8, 24, 80, 128, 256])  # less than a strip, one that is short, many
 @pytest.mark.parametrize("name", TYPES)
-def test_anisotropic_encode(simd: str, name: str, D: int, with_transform: bool, dtype: str) -> None:
-    cb, x = encode_case(name, D, with_transform, dtype, with_aniso=True)
+def test_anisotropic_encode(simd: str, name: str, D: int, with_transform: bool) -> None:
+    cb, x = encode_case(name, D, with_transform, "float32", with_aniso=True)
     codes = native.encode(cb, x)
     check_anisotropic_codes(cb, x, codes)
     assert (codes != native.encode(replace(cb, aniso=None), x)).mean() > 0.02
@@ -137,7 +136,7 @@ def test_anisotropic_encode(simd: str, name: str, D: int, with_transform: bool, 
 
 
 @pytest.mark.parametrize("with_transform", [False, True])
-@pytest.mark.parametrize("D", [8, 16, 32, 64, 80, 256])
+@pytest.mark.parametrize("D", [8, 32, 80])
 @pytest.mark.parametrize("name", TYPES)
 def test_anisotropic_codes_without_rounding(simd: str, name: str, D: int, with_transform: bool) -> None:
     """Values of few bits, of which every sum and square is exact in f32: many ties, and no code may differ.

@@ -139,14 +139,15 @@ __device__ __forceinline__ void pq_encode_tile_forget(pq_encode_tile_smem<D_STEP
     }
 }
 
-// x of a tile to shared memory as f16, and to the tail. Pieces are loaded four at a time: each waits for memory.
+// x of a tile to shared memory as f16, and to the tail. Several pieces are loaded at a time: each waits for memory.
 template <int D_STEPS>
 __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, int head, int col0, int n_cols, int64_t row0, int n_rows,
                                                     pq_encode_tile_smem<D_STEPS> & s) {
+    const int tid = pq_opaque(threadIdx.x); // see pq_encode_tile_search
     constexpr int PIECES = 2 * D_STEPS; // of 8 elements
-    constexpr int BATCH  = 4;
+    constexpr int BATCH  = D_STEPS <= 8 ? 4 : 2; // registers
     static_assert(pq_encode_tile_smem<D_STEPS>::ROWS * PIECES % (BATCH * PQ_ENCODE_THREADS) == 0, "no piece is beyond the last");
-    for (int i0 = threadIdx.x; i0 < s.ROWS * PIECES; i0 += BATCH * PQ_ENCODE_THREADS) {
+    for (int i0 = tid; i0 < s.ROWS * PIECES; i0 += BATCH * PQ_ENCODE_THREADS) {
         union { uint4 u; __half2 h[4]; } v[BATCH];
         const uint8_t * x[BATCH];
 #pragma unroll
@@ -200,7 +201,7 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
             }
         }
     }
-    for (int r = threadIdx.x; r < n_rows; r += PQ_ENCODE_THREADS) {
+    for (int r = tid; r < n_rows; r += PQ_ENCODE_THREADS) {
         s.cell[r] = (int32_t) (p.row_idx ? p.row_idx[row0 + r] : row0 + r);
     }
     pq_encode_tile_forget(s);
@@ -232,13 +233,14 @@ __device__ __forceinline__ void pq_encode_tile_store(const pq_encode_side & side
 template <int D_STEPS>
 __device__ __forceinline__ void pq_encode_tile_transform(const pq_encode_params & p, const pq_encode_head & h, int col0,
                                                          pq_encode_tile_smem<D_STEPS> & s) {
-    for (int r = threadIdx.x; r < s.ROWS; r += PQ_ENCODE_THREADS) {
+    const int tid = pq_opaque(threadIdx.x);
+    for (int r = tid; r < s.ROWS; r += PQ_ENCODE_THREADS) {
         // products of 128 terms were seen to differ by a fourth of it; without a transform nothing differs
         const float error_y = 0x1p-20f * (sqrtf(s.error2_y[r]) + s.norm_mu) * s.column_norm;
         s.error2_y[r] = error_y * error_y;
     }
     if (!h.T) {
-        for (int i = threadIdx.x; i < s.ROWS * PQ_ENCODE_STRIP; i += PQ_ENCODE_THREADS) {
+        for (int i = tid; i < s.ROWS * PQ_ENCODE_STRIP; i += PQ_ENCODE_THREADS) {
             const int r = i / PQ_ENCODE_STRIP;
             const int j = i % PQ_ENCODE_STRIP;
             if (col0 + j < p.D) {
@@ -247,8 +249,8 @@ __device__ __forceinline__ void pq_encode_tile_transform(const pq_encode_params 
         }
         return;
     }
-    const int lane = threadIdx.x % 32;
-    for (int unit = threadIdx.x / 32; unit < s.ROWS / 16 * 2; unit += PQ_ENCODE_THREADS / 32) {
+    const int lane = tid % 32;
+    for (int unit = tid / 32; unit < s.ROWS / 16 * 2; unit += PQ_ENCODE_THREADS / 32) {
         const int row = unit / 2 * 16;
         const int col = unit % 2 * 16;
         float y[2][4] = {};
@@ -384,7 +386,7 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & 
     constexpr int PER    = N / GROUPS; // products per group: 2 * PER centroids
     constexpr int TAG    = 0xff;       // of a key: the group. A byte is replaced at once.
     const int place = G::place(code_index);
-    const int lane = threadIdx.x % 32;
+    const int lane = pq_opaque(threadIdx.x) % 32; // worked out anew: what follows from it would be kept over all of a tile otherwise
     const int g = lane / 4, t = lane % 4;
 
     float    offset[2];
@@ -735,6 +737,7 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
 #pragma unroll 1
         for (int again = 0; again <= (int) anisotropic; again++) { // anisotropic codes are searched for twice
             const float (*y)[PQ_ENCODE_STRIP + 1] = again ? s.moved : s.y;
+#pragma unroll 1
             for (int row = 0; row < n_rows; row += 16) {
                 pq_encode_codes_of_warp<TYPE>(pq_opaque(warp), [&](auto kind, auto i, int code) { // not known ahead: places of both kinds would take registers
                     if (G::place(code) < n_cols) {
