@@ -62,6 +62,7 @@ BUDGETS = (
     Budget("pq_decode_y_kernel", threads=256, blocks=3),
     Budget("pq_prefill_(begin|end)_kernel", threads=256, blocks=2),
     Budget("fill_random", threads=256, blocks=4),  # of the benchmark
+    Budget("read_weights", threads=128, blocks=16),  # of the benchmark: all that a multiprocessor takes
     Budget("rope_(rows|turns)", threads=64, blocks=8),  # of the tests
     # what is spilled is read again once per tile of 32 cells, among some 700 instructions
     Budget("attn_128_kernelILi[0-9]ELi[0-9]ELi1E", threads=512, blocks=1, spills=96),

@@ -7,10 +7,12 @@
 //   pq-cuda-test plan               the launch plan alone; needs no GPU
 //   pq-cuda-test bench [7b|8b [depth [type]]]
 //                                   times: median of graph replays over more layers than the L2 cache holds; bytes of codes per second
-//                                   and the fraction of the copy bandwidth measured in the same run
+//                                   and the fraction of the copy bandwidth measured in the same run. "After a product": as in a model, where a step
+//                                   finds its code and tables in memory and all multiprocessors busy; from step to step it begins early
 //   pq-cuda-test once 7b|8b depth type
 //                                   two launches without a graph, for a profiler: ncu --clock-control none -k regex:attn_kernel
 #include "../kernels/pq-cuda.h"
+#include "../kernels/pq-launch.cuh"
 #include "../kernels/pq-rope.cuh"
 
 #include <cuda_fp16.h>
@@ -1121,10 +1123,26 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
     return b;
 }
 
-enum bench_what { ATTENTION, ENCODE_AND_ATTENTION, STEP };
+enum bench_what { ATTENTION, ENCODE_AND_ATTENTION, STEP, PRODUCT, PRODUCT_AND_STEP };
+
+// Stands for the products with the weights of a layer: it reads as much, from memory, and takes all multiprocessors until its end.
+static __global__ void __launch_bounds__(128) read_weights(const uint4 * weights, size_t n, uint32_t * sum) {
+    pq_pdl_wait();
+    uint32_t x = 0;
+    for (size_t i = blockIdx.x * (size_t) blockDim.x + threadIdx.x; i < n; i += (size_t) gridDim.x * blockDim.x) {
+        const uint4 w = __ldcs(weights + i);
+        x += w.x ^ w.y ^ w.z ^ w.w;
+    }
+    if (x == 1) { // never: or nothing would be read
+        *sum = x;
+    }
+    pq_pdl_launch_next();
+}
 
 // Microseconds per layer: sorted, of graph replays.
 static std::vector<float> time_layers(const bench_setup & b, bench_what what) {
+    const size_t product_bytes = (size_t) 140 << 20; // Llama-3.1-8B, Q4_0
+    const device_buf<uint8_t> weights(what >= PRODUCT ? product_bytes : 16);
     cudaStream_t stream;
     CUDA(cudaStreamCreate(&stream));
     cudaGraph_t     graph;
@@ -1132,7 +1150,13 @@ static std::vector<float> time_layers(const bench_setup & b, bench_what what) {
     CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     for (size_t l = 0; l < b.layers.size(); l++) {
         const pq_encode_params * rows = what == ATTENTION ? nullptr : &b.new_rows[2 * l];
-        if (what == STEP) {
+        if (what >= PRODUCT) {
+            CUDA(pq_launch(read_weights, dim3(132 * 16), 128, 0, stream, (const uint4 *) weights.p, product_bytes / sizeof(uint4), (uint32_t *) weights.p));
+        }
+        if (what == PRODUCT) {
+            continue;
+        }
+        if (what == STEP || what == PRODUCT_AND_STEP) {
             CUDA(pq_cuda_step(b.layers[l], b.plan, rows, &b.rope, true, nullptr, b.scratch.p, b.counters.p, stream));
             continue;
         }
@@ -1175,8 +1199,8 @@ static void bench_one(bool mha, int64_t depth, pq_type kt, pq_type vt, int n_q, 
         const std::vector<float> two = time_layers(b, ENCODE_AND_ATTENTION);
         printf("  encode, attention %8.2f", two[two.size() / 2]);
         if (!pq_cuda_step_unsupported(b.layers[0], b.plan, b.new_rows.data())) {
-            const std::vector<float> one = time_layers(b, STEP);
-            printf("  step %8.2f", one[one.size() / 2]);
+            const std::vector<float> one = time_layers(b, STEP), product = time_layers(b, PRODUCT), both = time_layers(b, PRODUCT_AND_STEP);
+            printf("  step %8.2f, after a product %8.2f", one[one.size() / 2], both[both.size() / 2] - product[product.size() / 2]);
         }
     }
     printf("\n");
@@ -1242,10 +1266,9 @@ int main(int argc, char ** argv) {
             if (argc > 2 && strcmp(argv[2], mha ? "7b" : "8b")) {
                 continue;
             }
-            for (int64_t depth : { 0, 4096, 32768, 131072, 1048576 }) {
-                if ((argc > 3 && atoll(argv[3]) != depth) || (mha && depth > 131072)) {
-                    continue;
-                }
+            const std::vector<int64_t> depths = argc > 3 ? std::vector<int64_t>{ atoll(argv[3]) } : mha ? std::vector<int64_t>{ 0, 4096, 32768, 131072 }
+                                                                                                      : std::vector<int64_t>{ 0, 4096, 32768, 131072, 1048576 };
+            for (int64_t depth : depths) {
                 for (pq_type t : all) {
                     if (argc > 4 && parse_type(argv[4]) != t) {
                         continue;
