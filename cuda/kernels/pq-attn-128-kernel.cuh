@@ -12,8 +12,8 @@
 //   3  some warps attend to the exact tail; all take tiles of 32 cells, each with a softmax of its own. Tiles that nobody sees are never read;
 //   4  merges its warps, and maps what they have with T^-1 of V. The last block of a row group to come here adds the parts (nobody waits for anybody);
 //   5  helps to encode the new rows. No step reads the codes that it writes (the rows are in the tail), so it does not matter when they are made:
-//      multiprocessors without attention encode as much as they have the time for (n_apart), the rest is for the blocks that delivered their part and are not
-//      the last of their row group, while that one merges.
+//      multiprocessors without attention encode as much as they have the time for (n_apart; the plan in pq-attn.cu leaves some to that in short contexts), the
+//      rest is for the blocks that delivered their part and are not the last of their row group, while that one merges.
 //
 // In what follows g = lane / 4 and t = lane % 4, as the tensor-core products place their operands (pq-cuda-common.cuh).
 //

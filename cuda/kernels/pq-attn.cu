@@ -9,11 +9,21 @@ namespace {
 
 constexpr int MAX_LIST       = 65535;  // tiles and tail slots of a block: u16 indexes
 constexpr int SPLIT_STEP     = 64;     // cells: whole tiles of every kernel
-constexpr int PROLOGUE_CELLS = 400;    // what a block does before its first cell takes as long as this many cells of one row
-constexpr int EARLY_CELLS    = 512;    // below it a block may well see nothing but the tail, and its tables would be built for nothing
-constexpr int COMBINE_CELLS  = 200;    // and merging the parts, as this many
+constexpr int PREFETCH_CELLS = 512;    // of a part. Below it a block may well see nothing but the tail, and its tables would be fetched for nothing
+constexpr int EARLY_CELLS    = 128;    // the same of the kernel for D = 128, whose tables are copied beside other work,
+constexpr int EARLY_N_KV     = 512;    // and what the context must have for that
 constexpr int MAX_NEW_ROWS   = 64;     // of a step: every block looks at the slots of all
-constexpr int UNIT_CELLS     = 820;    // a group encodes a unit in the time that a block attends to as many cells of one row
+
+// Times, in units of what a block takes for a cell.
+struct plan_costs {
+    int prologue; // a block, before its first cell and after its last
+    int combine;  // merging parts, at least
+    int part;     // merging one more
+};
+constexpr plan_costs COSTS     = { 400, 200, 0 };
+constexpr plan_costs COSTS_128 = { 1400, 400, 2 }; // measured with steps between products, as in a model; a cell takes 5 to 6 ns on an H100, whatever the rows
+constexpr int UNIT_CELLS     = 1200;   // a group of threads encodes a unit
+constexpr int LATE_CELLS     = 400;    // the last units, when blocks that attended encode them; less where parts are long, and end at different times
 
 int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -101,6 +111,16 @@ bool is_paired(const pq_attn_params & p, const pq_attn_side & s) {
     return ((uintptr_t) s.data | s.row_stride | s.stream_stride | 2 * s.head_stride) % 32 == 0 && s.head_stride == pq_head_bytes(s.type, s.D) && p.n_head_kv % 2 == 0;
 }
 
+// Units of encoding of a step: strips of heads of both sides, 8 rows at a time.
+int64_t n_encode_units(int64_t n_new_rows, int n_head_kv) {
+    return div_up(n_new_rows, PQ_ENCODE_FEW_ROWS) * 2 * n_head_kv * (128 / PQ_ENCODE_STRIP);
+}
+
+// Those of them that n_free multiprocessors without attention encode in the time that the others attend.
+int64_t n_units_apart(int64_t n_units, int64_t n_free, int n_threads, int64_t cells_per_split) {
+    return std::min(n_units, n_free * (n_threads / PQ_ENCODE_FEW_THREADS) * std::max<int64_t>((COSTS_128.prologue + cells_per_split) / UNIT_CELLS, 1));
+}
+
 int rows_per_block(int64_t n_rows) {
     return n_rows == 1 ? 1 : n_rows <= 4 ? 4 : 8;
 }
@@ -170,9 +190,12 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
     const bool is_128   = takes_kernel_128(p, device, plan.rows_per_block);
     plan.n_threads      = is_128 ? n_threads_128(plan.rows_per_block) : n_threads(plan.rows_per_block);
 
-    // One block fills a multiprocessor. Time in units of a cell: every wave of blocks costs its longest block.
+    // One block fills a multiprocessor: every wave of blocks costs its longest block. Fewer parts leave multiprocessors to the encoding of a step's new rows,
+    // of which there is one per query token.
     const int64_t n_base  = (int64_t) p.n_stream * p.n_head_kv * plan.n_row_groups;
+    const int64_t n_units = is_128 && p.tail.n > 0 ? n_encode_units((int64_t) p.n_stream * p.n_q, p.n_head_kv) : 0;
     const int64_t n_steps = div_up(p.n_kv, SPLIT_STEP);
+    const plan_costs costs = is_128 ? COSTS_128 : COSTS;
     int64_t best_cost = INT64_MAX;
     plan.n_split = 1;
     for (int64_t n = 1; n <= std::min<int64_t>(MAX_SPLIT, std::max<int64_t>(n_steps, 1)); n++) {
@@ -182,7 +205,9 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
             continue;
         }
         const int64_t waves = div_up(n_base * n, device.n_sm);
-        const int64_t cost  = waves * (PROLOGUE_CELLS + cells) + (n > 1 ? COMBINE_CELLS : 0);
+        const int64_t late  = n_units - n_units_apart(n_units, std::max<int64_t>(device.n_sm - n_base * n, 0), plan.n_threads, cells);
+        const int64_t cost  = waves * (costs.prologue + cells) + (n > 1 ? costs.combine + n * costs.part : 0) +
+                              (late > 0 ? std::max<int64_t>(LATE_CELLS - cells * 3 / 10, 0) + late : 0);
         if (cost < best_cost) {
             best_cost    = cost;
             plan.n_split = (int32_t) n;
@@ -277,7 +302,7 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
     a.n_attn_blocks   = plan.n_blocks;
     a.n_tail_warps    = plan.n_tail_warps;
     a.tail_mask_by_16 = ((uintptr_t) p.tail.mask | p.tail.mask_token_stride | p.tail.mask_stream_stride) % 16 == 0;
-    a.early_tables  = plan.cells_per_split >= EARLY_CELLS;
+    a.early_tables  = plan.cells_per_split >= EARLY_CELLS && p.n_kv >= EARLY_N_KV;
     a.k_paired      = is_paired(p, p.k);
     a.v_paired      = is_paired(p, p.v);
     a.settled       = settled;
@@ -298,14 +323,13 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
     if (new_rows) {
         a.new_rows         = pq_make_encode_sides(new_rows, 2);
         a.n_new            = (int32_t) new_rows->n_rows;
-        a.n_units          = (int32_t) (div_up(new_rows->n_rows, PQ_ENCODE_FEW_ROWS) * 2 * p.n_head_kv * (128 / PQ_ENCODE_STRIP));
+        a.n_units          = (int32_t) n_encode_units(new_rows->n_rows, p.n_head_kv);
         a.slot_base        = (p.tail.k - new_rows->tail) / (int64_t) new_rows->tail_row_stride;
         a.slots_per_stream = (int64_t) (p.tail.k_stream_stride / new_rows->tail_row_stride);
         // Multiprocessors without attention encode for as long as the others attend. What is left is for blocks that are not the last of their row group.
-        const int n_groups   = plan.n_threads / PQ_ENCODE_FEW_THREADS;
-        const int n_free     = std::max(plan.n_sm - plan.n_blocks, 0);
-        const int attn_cells = PROLOGUE_CELLS + plan.cells_per_split * std::min<int>(plan.rows_per_block, 2);
-        a.n_apart   = (int32_t) std::min<int64_t>(a.n_units, (int64_t) n_free * n_groups * std::max(attn_cells / UNIT_CELLS, 1));
+        const int n_groups = plan.n_threads / PQ_ENCODE_FEW_THREADS;
+        const int n_free   = std::max(plan.n_sm - plan.n_blocks, 0);
+        a.n_apart   = (int32_t) n_units_apart(a.n_units, n_free, plan.n_threads, plan.cells_per_split);
         a.n_helpers = a.n_apart == a.n_units ? 0 : plan.n_split == 1 ? plan.n_blocks : plan.n_blocks / plan.n_split * (plan.n_split - 1);
         n_blocks   += std::min<int>(n_free, (int) div_up(a.n_apart, n_groups));
     }
@@ -368,7 +392,7 @@ cudaError_t pq_cuda_attn(const pq_attn_params & p, const pq_cuda_attn_plan & pla
 
     args a = {};
     set_args(a, p, plan, scratch);
-    a.prefetch      = plan.cells_per_split >= EARLY_CELLS;
+    a.prefetch      = plan.cells_per_split >= PREFETCH_CELLS;
     a.score_tiles   = plan.score_tiles;
     a.record_floats = 4 + p.v.D * (p.tail.n > 0 ? 2 : 1);
     a.smem_scores   = (uint32_t) s.scores;
