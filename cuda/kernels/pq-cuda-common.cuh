@@ -239,6 +239,12 @@ PQ_DEVICE float pq_exp2(float x) { // 2 ulp; exp2(-inf) = 0
     return y;
 }
 
+PQ_DEVICE float pq_sqrt(float x) { // to 2^-23
+    float y;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // tanh to an absolute error of 2^-23: what is left of a relative error near 0 is not seen in a score that is scaled with the softcap.
 PQ_DEVICE float pq_tanh(float x) {
     return 1.0f - __fdividef(2.0f, 1.0f + pq_exp2(2.88539008f * x)); // exp2 may be inf

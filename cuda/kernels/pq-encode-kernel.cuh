@@ -59,7 +59,10 @@ struct pq_encode_tile_smem {
 
     union {
         __half x[ROWS][STRIDE];
-        float  moved[ROWS][PQ_ENCODE_STRIP + 1];          // y for the second search of anisotropic codes, when x has done its duty
+        struct { // of the second search of anisotropic codes, when x has done its duty
+            float   moved[ROWS][PQ_ENCODE_STRIP + 1];     // y
+            uint8_t rows[PQ_ENCODE_THREADS / 32][ROWS];   // those that a warp looks at
+        };
     };
     __half   T[16 * D_STEPS][PQ_ENCODE_STRIP + 8];
     float    y[ROWS][PQ_ENCODE_STRIP + 1];                // + 1: rows of a warp lie in different banks
@@ -67,6 +70,7 @@ struct pq_encode_tile_smem {
     float    mu[16 * D_STEPS];
     float    aniso[PQ_ENCODE_STRIP];                      // 0 beyond the head
     float    cost[ROWS];                                  // of the first codes
+    __half   gap[PQ_ENCODE_STRIP / 2][ROWS];              // of a code: how much further away the second nearest centroid is, or less; 0 is always right
     uint32_t first_codes[ROWS * PQ_ENCODE_STRIP / 2 / 4];
     float    mu_T[PQ_ENCODE_STRIP];
     float    error2_y[ROWS];                              // |x|^2, then the square of how far an element of y can be from the CPU's
@@ -375,10 +379,14 @@ __device__ __forceinline__ uint32_t pq_encode_split(float y) {
     return u;
 }
 
-// Codes of 16 rows: code `code_index` of the strip, number I of the warp.
+// Whether the second search of anisotropic codes leaves out rows whose code stays. pq3 has no registers for that.
+template <int TYPE> struct pq_encode_lists { enum { YES = TYPE != PQ_TYPE_PQ3 }; };
+
+// Codes of 16 rows: code `code_index` of the strip, number I of the warp. again: those that the warp has listed, from place row0 on; otherwise those from row0
+// on, whose gaps are noted where codes are anisotropic.
 template <int TYPE, class KIND, int I, int D_STEPS>
-__device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & op, const float (*y)[PQ_ENCODE_STRIP + 1], int row0, int n_rows,
-                                                      int code_index, pq_encode_tile_smem<D_STEPS> & s) {
+__device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & op, bool again, int row0, int n_rows, bool anisotropic, int code_index,
+                                                      pq_encode_tile_smem<D_STEPS> & s) {
     typedef pq_encode_geom<TYPE> G;
     constexpr int DIMS   = KIND::DIMS;
     constexpr int N      = pq_encode_operand::N;
@@ -386,17 +394,21 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & 
     constexpr int PER    = N / GROUPS; // products per group: 2 * PER centroids
     constexpr int TAG    = 0xff;       // of a key: the group. A byte is replaced at once.
     const int place = G::place(code_index);
-    const int lane = pq_opaque(threadIdx.x) % 32; // worked out anew: what follows from it would be kept over all of a tile otherwise
+    const int tid = pq_opaque(threadIdx.x); // worked out anew: what follows from it would be kept over all of a tile otherwise
+    const int lane = tid % 32;
     const int g = lane / 4, t = lane % 4;
 
+    const bool listed = pq_encode_lists<TYPE>::YES && again;
+    auto row_of = [&](int i) { return listed ? s.rows[tid / 32][min(row0 + i, n_rows - 1)] : row0 + i; };
     float    offset[2];
     uint32_t a[4] = { 0, 0, 0, 0 };
 #pragma unroll
     for (int r = 0; r < 2; r++) { // rows g and g + 8
+        const float * y_row = (again ? s.moved : s.y)[row_of(g + 8 * r)] + place;
         float n2 = 0.0f, mine = 0.0f;
 #pragma unroll
         for (int e = 0; e < DIMS; e++) {
-            const float v = y[row0 + g + 8 * r][place + e] * op.scale[I];
+            const float v = y_row[e] * op.scale[I];
             n2  += v * v;
             mine = e == t ? v : mine;
         }
@@ -468,12 +480,12 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & 
     const int  r        = t / 2;
     const int  e        = t % 2;
     const int  tag      = (r ? best[1] : best[0]) & TAG;
-    const int  row      = row0 + g + 8 * r;
+    const int  row      = row_of(g + 8 * r);
     const int  first    = tag / 4 * (8 * PER) + tag % 4 * 2 + e; // the group's centroids: first, first + 8, first + 16, ...
     float      y_r[DIMS];
 #pragma unroll
     for (int i = 0; i < DIMS; i++) {
-        y_r[i] = y[row][place + i];
+        y_r[i] = (again ? s.moved : s.y)[row][place + i];
     }
     const __half * centroids = (const __half *) s.centroids + place * PQ_KSUB;
     const int  k0  = g % PER; // where a lane begins, so that rows of a warp read from different banks
@@ -497,7 +509,7 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & 
     const int near2_b = __shfl_xor_sync(0xffffffff, near2, 1);
     pq_merge_best(near, near2, near_b, near2_b);
 
-    if (e == 0 && row < n_rows) {
+    if (e == 0 && (listed || row < n_rows)) {
         const float n2      = (r ? offset[1] : offset[0]) * 1024; // of scaled y, and a little more
         const float inv2    = 1.0f / (op.scale[I] * op.scale[I]);
         const float d       = __int_as_float(near & ~15);
@@ -513,6 +525,10 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & 
             n2 < PQ_ENCODE_MAX_Y * PQ_ENCODE_MAX_Y;
         const int   code    = tag / 4 * (8 * PER) + (near & 15) / 2 * 8 + tag % 4 * 2 + (near & 1);
         ((uint8_t *) s.codes)[row * G::N_CODES + code_index] = (uint8_t) code;
+        if (pq_encode_lists<TYPE>::YES && anisotropic && !again) { // less than it is, by more than all roundings
+            const float gap = pq_sqrt(d + fminf(gap_near2, gap_other)) - pq_sqrt(d) - pq_sqrt(move2);
+            s.gap[code_index][row] = __float2half_rd(sure ? gap * (1.0f - 0x1p-6f) : 0.0f);
+        }
         if (!sure) { // NaN comes here, too
             const int at = row * G::N_CODES + code_index;
             const int n  = atomicAdd(&s.n_unsure, 1);
@@ -602,6 +618,32 @@ __device__ __noinline__ void pq_encode_tile_exact(const pq_encode_params & p, co
 }
 
 // ---- anisotropic codes (pq-layout.h) ----
+
+// Lists the rows that the second search has to look at for a code, and returns how many they are. Where y moves by less than half of the gap, the
+// nearest centroid stays the nearest: with pq4 that is so for three rows of four.
+template <class KIND, int D_STEPS>
+__device__ __forceinline__ int pq_encode_tile_list(int place, int code_index, int n_rows, pq_encode_tile_smem<D_STEPS> & s) {
+    const int tid = pq_opaque(threadIdx.x), lane = tid % 32;
+    int n = 0;
+    for (int row0 = 0; row0 < n_rows; row0 += 32) {
+        const int row = row0 + lane;
+        float move2 = 0.0f;
+#pragma unroll
+        for (int e = 0; e < KIND::DIMS; e++) {
+            const float move = s.moved[row][place + e] - s.y[row][place + e];
+            move2 += move * move;
+        }
+        const float    gap = __half2float(s.gap[code_index][row]);
+        const bool     may = row < n_rows && !(gap > 0.0f && gap * gap > 4.0f * move2); // NaN is looked at
+        const unsigned all = __ballot_sync(0xffffffff, may);
+        if (may) {
+            s.rows[tid / 32][n + __popc(all & ((1u << lane) - 1))] = (uint8_t) row;
+        }
+        n += __popc(all);
+    }
+    __syncwarp();
+    return n;
+}
 
 struct pq_encode_sums {
     float ee, ed, dd;
@@ -736,15 +778,17 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
         __syncthreads();
 #pragma unroll 1
         for (int again = 0; again <= (int) anisotropic; again++) { // anisotropic codes are searched for twice
-            const float (*y)[PQ_ENCODE_STRIP + 1] = again ? s.moved : s.y;
+            pq_encode_codes_of_warp<TYPE>(pq_opaque(warp), [&](auto kind, auto i, int code) { // not known ahead: places of both kinds would take registers
+                if (G::place(code) >= n_cols) {
+                    return;
+                }
+                const int n = pq_encode_lists<TYPE>::YES && again ? pq_encode_tile_list<decltype(kind)>(G::place(code), code, n_rows, s) : n_rows;
 #pragma unroll 1
-            for (int row = 0; row < n_rows; row += 16) {
-                pq_encode_codes_of_warp<TYPE>(pq_opaque(warp), [&](auto kind, auto i, int code) { // not known ahead: places of both kinds would take registers
-                    if (G::place(code) < n_cols) {
-                        pq_encode_tile_search<TYPE, decltype(kind), i.value>(op, y, row, n_rows, code, s);
-                    }
-                });
-            }
+                for (int row = 0; row < n; row += 16) {
+                    pq_encode_tile_search<TYPE, decltype(kind), i.value>(op, again, row, n, anisotropic, code, s);
+                }
+                __syncwarp(); // the list has been read
+            });
             __syncthreads();
             const bool listed = s.n_unsure <= PQ_ENCODE_MAX_LIST;
             for (int i = warp; i < (listed ? s.n_unsure : s.ROWS * G::N_CODES / 32); i += WARPS) {
