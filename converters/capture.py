@@ -94,17 +94,16 @@ class Capture:
         return out
 
     def matches(self, layer: int) -> npt.NDArray[np.float32] | None:
-        """Which queries look for which keys: f32 ``[n_head_kv, D + 1, D]``; None when the layer's queries have no weights.
+        """Which queries look for which keys: f32 ``[n_head_kv, D + 1, 2 D + 1]``; None when the layer's queries have no weights.
 
-        Entry ``[h, i, j]`` is the sum of ``w k_i q_j`` over the queries that were weighed and the keys of head h that an exact tail
-        does not hold, with ``w = p^2 |v - o|^2`` as in ``weights``; row D is the sum of ``w q_j``. Raises NativeError when the layer
-        has no K rows.
+        By head the sum of ``w [k; 1] [q; k; 1]^T`` over the queries that were weighed and the keys that an exact tail does not hold,
+        with ``w = p^2 |v - o|^2`` as in ``weights``. Raises NativeError when the layer has no K rows.
         """
         shape = self.shape(layer, K)
         if shape is None:
             raise NativeError(f"blk.{layer}: no rows were captured")
         n_head_kv, D = shape
-        out = np.empty((n_head_kv, D + 1, D), dtype=np.float32)
+        out = np.empty((n_head_kv, D + 1, 2 * D + 1), dtype=np.float32)
         pointer = out.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         written = int(self._lib.million_capture_matches(self._handle, layer, pointer, out.size))
         if written not in (0, out.size):

@@ -342,7 +342,9 @@ def _train(
                         n_threads=n_threads or 0,
                     )
                     if matches is not None:
-                        cb = _with_anisotropy(cb, matches, kept)
+                        assert cb.T is not None and cb.T_inv is not None
+                        aniso = transform.anisotropy(matches, cb.T, cb.T_inv, cb.mu)
+                        cb = dataclasses.replace(cb, aniso=aniso)
                     books[spec.name][kind][layer], errors[spec.name][kind][layer] = cb, error
                     heads = figures[spec.name][kind]
                     heads["spread"][layer] = basis.spread.tolist()
@@ -379,18 +381,6 @@ def _query_metric(rows: Capture, shape: container.ModelShape, layer: int) -> npt
     if rows.shape(layer, Q) != (shape.n_head[layer], shape.D_k[layer]):
         return None
     return transform.query_metric(rows.rows(layer, Q), shape.n_head_kv[layer], rows.weights(layer))
-
-
-def _with_anisotropy(cb: Codebook, matches: npt.NDArray[np.float32], rows: npt.NDArray[np.float32]) -> Codebook:
-    """A codebook of K that knows where the queries lie that look for a key; ``matches`` as of ``Capture.matches``."""
-    from .. import transform
-
-    assert cb.T is not None and cb.T_inv is not None
-    variance = np.empty(cb.mu.shape)
-    for h in range(cb.n_head_kv):
-        y = (rows[:, h] - cb.mu[h]) @ cb.T[h].astype(np.float32)
-        variance[h] = y.var(axis=0, dtype=np.float64)
-    return dataclasses.replace(cb, aniso=transform.anisotropy(matches, cb.T, cb.T_inv, cb.mu, variance))
 
 
 def _output_metric(

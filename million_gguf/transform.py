@@ -33,6 +33,10 @@ _RIDGE = 1e-4
 # kind gains up to here (docs/calibration.md); with far keys alone, pq4 without a tail loses 16 %.
 _FAR = 16.0
 
+# Share of the sums, taken without their signs, below which a second moment is what rounding left: the sums are f32, and where the mean
+# of the keys is large they cancel.
+_ROUNDING = 1e-6
+
 # The stored map is refused above 1e6 (container.py); this leaves a factor of ten for the rounding to f16.
 _MAX_CONDITION = 1e5
 
@@ -112,17 +116,15 @@ def anisotropy(
     T: npt.NDArray[np.floating],
     T_inv: F64,
     mu: npt.NDArray[np.floating],
-    variance: F64,
 ) -> npt.NDArray[np.float32]:
     """Where the queries that look for a key lie: f32 ``[n_head_kv, D]``, for ``pq_ref.Codebook.aniso``.
 
-    A query q meets y as ``q' = T^-1 q``. This is the regression of q' on the y that it looks for, axis by axis: ``sum w y q'`` over the
-    variance of y, which is that of all rows and not of those that were looked for.
+    A query q meets y as ``q' = T^-1 q``. This is the regression of q' on the y that it looks for, axis by axis: ``sum w y q'`` over
+    ``sum w y^2``. Not over the variance of all keys: those that are looked for lie further out, along some axes more than along others.
 
     Args:
-        matches: ``[n_head_kv, D + 1, D]``, sums of ``w k_i q_j`` and (row D) of ``w q_j``.
+        matches: ``[n_head_kv, D + 1, 2 D + 1]``, sums of ``w [k; 1] [q; k; 1]^T``.
         T, T_inv: ``[n_head_kv, D, D]``; mu: ``[n_head_kv, D]``. Of the codebook.
-        variance: ``[n_head_kv, D]`` of all rows of y.
 
     Returns:
         The largest element of a head is 1 or -1, as only ratios count; 0 where y does not vary, and in a head that no query looks
@@ -130,10 +132,9 @@ def anisotropy(
     """
     n_head_kv, D = mu.shape
     for name, a, want in (
-        ("matches", matches, (n_head_kv, D + 1, D)),
+        ("matches", matches, (n_head_kv, D + 1, 2 * D + 1)),
         ("T", T, (n_head_kv, D, D)),
         ("T_inv", T_inv, (n_head_kv, D, D)),
-        ("variance", variance, (n_head_kv, D)),
     ):
         if a.shape != want:
             raise MismatchError(f"{name} is {list(a.shape)}, need {list(want)}")
@@ -142,9 +143,13 @@ def anisotropy(
             "found queries or keys with NaN or infinity, need finite ones: check that the model runs well without PQ"
         )
     sums = matches.astype(np.float64)
-    about_mu = sums[:, :D] - mu.astype(np.float64)[:, :, None] * sums[:, D:]
-    along = np.einsum("hid,hij,hdj->hd", T.astype(np.float64), about_mu, T_inv, optimize=True)
-    out = np.where(variance > 0.0, along / np.where(variance > 0.0, variance, 1.0), 0.0)
+    T = T.astype(np.float64)
+    to_y = np.concatenate([T, -mu.astype(np.float64)[:, None, :] @ T], axis=1)  # y = [k; 1] to_y
+    along = np.einsum("hid,hij,hdj->hd", to_y, sums[:, :, :D], T_inv, optimize=True)
+    square = np.einsum("hid,hij,hjd->hd", to_y, sums[:, :, D:], to_y, optimize=True)
+    size = np.sqrt(np.maximum(np.diagonal(sums[:, :, D:], axis1=1, axis2=2), 0.0))
+    varies = square > _ROUNDING * np.einsum("hid,hi->hd", np.abs(to_y), size) ** 2
+    out = np.where(varies, along / np.where(varies, square, 1.0), 0.0)
     largest = np.abs(out).max(axis=1, keepdims=True)
     return (out / np.where(largest > 0.0, largest, 1.0)).astype(np.float32)
 

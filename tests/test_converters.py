@@ -6,9 +6,9 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -311,68 +311,80 @@ def test_captured_rows_are_those_of_the_model(plain_gguf: Path) -> None:
             rows.rows(rows.n_layer, K)
 
 
-@pytest.mark.native
-def test_weights_of_queries_are_what_far_keys_do_to_outputs(plain_gguf: Path) -> None:
-    """The sum of p^2 |v - o|^2 over all but the last 128 keys, recomputed with NumPy from the rows, which are all kept."""
+class Attended(NamedTuple):
+    """One query and the keys it met, with what errors of its scores do to its output: ``p^2 |v - o|^2``, the last 128 keys last."""
+
+    i: int  # of the captured queries
+    h: int
+    h_kv: int
+    q: np.ndarray  # [D]
+    keys: np.ndarray  # [n, D]
+    cost: np.ndarray  # [n]
+    n_far: int  # of the keys, those that an exact tail does not hold
+    small: float  # where v and o are nearly the same, digits cancel: so much of a cost's sum may be wrong
+
+
+@pytest.fixture(scope="module")
+def attended(plain_gguf: Path) -> Iterator[tuple[Any, list[list[Attended]]]]:
+    """Two contexts, captured with all their rows, and by layer what NumPy finds in those rows for each query and head."""
     from million_gguf.converters.capture import K, Q, V, capture
 
     n_ctx, n_context, n_near = 512, 2, 128
     shape = container.model_shape(plain_gguf)
     text = load_text(None, 4096).text
     with capture(plain_gguf, text, shape, n_tokens=n_context * n_ctx, n_ctx=n_ctx, progress=False) as captured:
+        layers: list[list[Attended]] = []
         for layer in range(shape.block_count):
             k, v, q = (captured.rows.rows(layer, kind).astype(np.float64) for kind in (K, V, Q))
-            weights = captured.rows.weights(layer)
-            assert weights.shape[:2] == q.shape[:2] == (n_context * n_ctx // 4, shape.n_head[layer])
             group = q.shape[1] // k.shape[1]
-            for i in range(0, len(q), 7):
-                start, position = 4 * i // n_ctx * n_ctx, 4 * i % n_ctx  # a query of four is kept
-                for h in range(q.shape[1]):
-                    keys = k[start : start + position + 1, h // group]
-                    values = v[start : start + position + 1, h // group]
-                    p = np.exp(keys @ q[i, h] / np.sqrt(q.shape[2]))
-                    p /= p.sum()
-                    cost = p**2 * np.square(values - p @ values).sum(axis=1)
-                    far = cost[: max(0, position + 1 - n_near)].sum()
-                    # where v and o are nearly the same, digits cancel
-                    small = 1e-4 * np.square(values).sum(axis=1).max()
-                    assert weights[i, h] == pytest.approx([far, cost.sum()], rel=0.05, abs=small)
+            assert q.shape[:2] == (n_context * n_ctx // 4, shape.n_head[layer])  # a query of four is kept
+            layers.append([])
+            for i, h in np.ndindex(*q.shape[:2]):
+                start, position = 4 * i // n_ctx * n_ctx, 4 * i % n_ctx
+                keys = k[start : start + position + 1, h // group]
+                values = v[start : start + position + 1, h // group]
+                score = keys @ q[i, h] / np.sqrt(q.shape[2])
+                p = np.exp(score - score.max())
+                p /= p.sum()
+                cost = p**2 * np.square(values - p @ values).sum(axis=1)
+                small = 1e-4 * float(np.square(values).sum(axis=1).max())
+                n_far = max(0, position + 1 - n_near)
+                layers[-1].append(Attended(i, h, h // group, q[i, h], keys, cost, n_far, small))
+        yield captured.rows, layers
 
 
 @pytest.mark.native
-def test_matches_are_the_keys_that_queries_look_for(plain_gguf: Path) -> None:
-    """The sums of w k^T q over all but the last 128 keys of each query, recomputed with NumPy as above."""
-    from million_gguf.converters.capture import K, Q, V, capture
+def test_weights_of_queries_are_what_far_keys_do_to_outputs(attended: Any) -> None:
+    """The sum of p^2 |v - o|^2 over all but the last 128 keys, and over all."""
+    rows, layers = attended
+    for layer, queries in enumerate(layers):
+        weights = rows.weights(layer)
+        assert weights.shape == (queries[-1].i + 1, queries[-1].h + 1, 2)
+        for a in queries:
+            want = [a.cost[: a.n_far].sum(), a.cost.sum()]
+            assert weights[a.i, a.h] == pytest.approx(want, rel=0.05, abs=a.small)
 
-    n_ctx, n_context, n_near = 512, 2, 128
-    shape = container.model_shape(plain_gguf)
-    text = load_text(None, 4096).text
-    with capture(plain_gguf, text, shape, n_tokens=n_context * n_ctx, n_ctx=n_ctx, progress=False) as captured:
-        for layer in range(shape.block_count):
-            k, v, q = (captured.rows.rows(layer, kind).astype(np.float64) for kind in (K, V, Q))
-            n_head_kv, D = k.shape[1:]
-            group = q.shape[1] // n_head_kv
-            want, weight = np.zeros((n_head_kv, D + 1, D)), np.zeros(n_head_kv)
-            for i in range(len(q)):
-                start, position = 4 * i // n_ctx * n_ctx, 4 * i % n_ctx  # a query of four is kept
-                n_far = max(0, position + 1 - n_near)
-                for h in range(q.shape[1]):
-                    keys = k[start : start + position + 1, h // group]
-                    values = v[start : start + position + 1, h // group]
-                    score = keys @ q[i, h] / np.sqrt(D)
-                    p = np.exp(score - score.max())
-                    p /= p.sum()
-                    w = (p**2 * np.square(values - p @ values).sum(axis=1))[:n_far]
-                    want[h // group, :D] += np.outer(w @ keys[:n_far], q[i, h])
-                    want[h // group, D] += w.sum() * q[i, h]
-                    weight[h // group] += w.sum()
-            found = captured.rows.matches(layer)
-            assert found is not None and found.dtype == np.float32 and found.shape == want.shape
-            for part in (slice(D), slice(D, D + 1)):
-                error = np.linalg.norm(found[:, part] - want[:, part], axis=(1, 2))
-                assert (error < 0.02 * np.linalg.norm(want[:, part], axis=(1, 2))).all()
-        with pytest.raises(NativeError, match="no rows"):
-            captured.rows.matches(captured.rows.n_layer)
+
+@pytest.mark.native
+def test_matches_are_the_keys_that_queries_look_for(attended: Any) -> None:
+    """The sum of w [k; 1] [q; k; 1]^T over all but the last 128 keys of each query."""
+    rows, layers = attended
+    for layer, queries in enumerate(layers):
+        n_head_kv, D = rows.shape(layer, 0)
+        want = np.zeros((n_head_kv, D + 1, 2 * D + 1))
+        for a in queries:
+            k1 = np.concatenate([a.keys[: a.n_far], np.ones((a.n_far, 1))], axis=1)
+            wk1 = a.cost[: a.n_far] @ k1
+            want[a.h_kv, :, :D] += np.outer(wk1, a.q)
+            want[a.h_kv, :, D:] += (k1.T * a.cost[: a.n_far]) @ k1
+        found = rows.matches(layer)
+        assert found is not None and found.dtype == np.float32 and found.shape == want.shape
+        for down in (slice(D), slice(D, D + 1)):
+            for across in (slice(D), slice(D, 2 * D), slice(2 * D, 2 * D + 1)):
+                error = np.linalg.norm((found - want)[:, down, across], axis=(1, 2))
+                assert (error < 0.02 * np.linalg.norm(want[:, down, across], axis=(1, 2))).all()
+    with pytest.raises(NativeError, match="no rows"):
+        rows.matches(rows.n_layer)
 
 
 class FakeCapture:
@@ -403,7 +415,8 @@ class FakeCapture:
             return None
         k = self.rows(layer, 0).astype(np.float64)
         q = (k - k.mean(axis=0)) * (np.arange(k.shape[2]) < 3)
-        sums: np.ndarray = np.einsum("nhi,nhj->hij", np.concatenate([k, np.ones((*k.shape[:2], 1))], axis=2), q)
+        k1 = np.concatenate([k, np.ones((*k.shape[:2], 1))], axis=2)
+        sums: np.ndarray = np.einsum("nhi,nhj->hij", k1, np.concatenate([q, k1], axis=2))
         return sums.astype(np.float32)
 
 
@@ -431,7 +444,7 @@ def test_codebooks_of_k_get_an_anisotropy_where_queries_are_known(
                 T = cb.T[h].astype(np.float64)
                 y = (k[:, h] - cb.mu[h]) @ T
                 image = ((k[:, h] - k[:, h].mean(axis=0)) * (np.arange(8) < 3)) @ cb.T_inv[h].T
-                slope = (y * image).sum(axis=0) / y.var(axis=0)
+                slope = (y * image).sum(axis=0) / np.square(y).sum(axis=0)
                 assert cb.aniso[h] == pytest.approx(slope / np.abs(slope).max(), abs=1e-3)
                 assert np.abs(cb.aniso[h]).max() == 1.0
 

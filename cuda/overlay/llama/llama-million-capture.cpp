@@ -172,7 +172,8 @@ std::vector<float> million_capture::weigh(const ggml_tensor * attn, const std::v
     const int64_t n_kv  = k->ne[1];
     const int64_t group = n_head / k->ne[2];
     const int64_t D     = k->ne[0];
-    sums.resize(k->ne[2] * (D + 1) * D);
+    const int64_t n_columns = 2 * D + 1; // of one head's sums: q, k, 1
+    sums.resize(k->ne[2] * (D + 1) * n_columns);
 
     std::vector<float> sinks;
     if (attn->src[4]) {
@@ -237,12 +238,21 @@ std::vector<float> million_capture::weigh(const ggml_tensor * attn, const std::v
         ggml_tensor * args[] = { p, ggml_mul_mat(ctx, tv, to), ggml_sum_rows(ctx, ggml_sqr(ctx, tv)), ggml_sum_rows(ctx, ggml_sqr(ctx, to)) };
         ggml_tensor * w = ggml_custom_4d(ctx, GGML_TYPE_F32, n_kv, n, group, 1, args, 4, weigh_keys, GGML_N_TASKS_MAX, &seen);
 
-        // [D][D]: by query the sum of w k, and of these by element of the query
+        // Sums of w k q and w k k, [D][D], and of w k. For those without q the weights of a key are summed over the queries before.
+        const float   one    = 1.0f;
         const auto    turned = [&](ggml_tensor * t) { return ggml_cont(ctx, ggml_transpose(ctx, t)); };
-        ggml_tensor * wk     = ggml_mul_mat(ctx, turned(tk), ggml_reshape_2d(ctx, w, n_kv, n * group));
-        ggml_tensor * match  = ggml_mul_mat(ctx, turned(ggml_reshape_2d(ctx, tq, D, n * group)), turned(wk));
+        ggml_tensor * w_all  = ggml_reshape_2d(ctx, w, n_kv, n * group);
+        ggml_tensor * w_key  = ggml_out_prod(ctx, w_all, add(GGML_TYPE_F32, 1, n * group, 1, [&](int64_t, int64_t) { return &one; }));
+        ggml_tensor * k_t    = turned(tk);
+        ggml_tensor * wk_t   = turned(ggml_mul_mat(ctx, k_t, w_all)); // by query
+        ggml_tensor * kq     = ggml_mul_mat(ctx, turned(ggml_reshape_2d(ctx, tq, D, n * group)), wk_t);
+        ggml_tensor * kk     = ggml_mul_mat(ctx, k_t, ggml_mul(ctx, k_t, w_key));
+        ggml_tensor * k1     = ggml_mul_mat(ctx, k_t, w_key);
         ggml_cgraph * graph  = ggml_new_graph(ctx);
-        ggml_build_forward_expand(graph, match);
+        for (ggml_tensor * t : { kq, kk, k1 }) {
+            ggml_set_output(t);
+            ggml_build_forward_expand(graph, t);
+        }
         if (!ggml_gallocr_alloc_graph(memory.get(), graph)) {
             GGML_ABORT("not enough memory to weigh the queries of a calibration");
         }
@@ -250,15 +260,22 @@ std::vector<float> million_capture::weigh(const ggml_tensor * attn, const std::v
             i.copy();
         }
         GGML_ASSERT(ggml_backend_graph_compute(cpu.get(), graph) == GGML_STATUS_SUCCESS);
-        double * sum = sums.data() + h_kv * (D + 1) * D;
-        for (int64_t i = 0; i < D * D; ++i) {
-            sum[i] += ((const float *) match->data)[i];
+        double * sum  = sums.data() + h_kv * (D + 1) * n_columns;
+        double * last = sum + D * n_columns;
+        for (int64_t i = 0; i < D; ++i, sum += n_columns) {
+            for (int64_t j = 0; j < D; ++j) {
+                sum[j]     += ((const float *) kq->data)[i * D + j];
+                sum[D + j] += ((const float *) kk->data)[i * D + j];
+            }
+            sum[2 * D]  += ((const float *) k1->data)[i];
+            last[D + i] += ((const float *) k1->data)[i];
         }
         for (int64_t r = 0; r < n * group; ++r) {
             const float * q_r = (const float *) hq.row(token(r % n), h0 + r / n, s);
             for (int64_t i = 0; i < D; ++i) {
-                sum[D * D + i] += (double) seen.costs[2 * r] * q_r[i];
+                last[i] += (double) seen.costs[2 * r] * q_r[i];
             }
+            last[2 * D] += seen.costs[2 * r];
             memcpy(&out[(mine[r % n] * n_head + h0 + r / n) * 2], &seen.costs[2 * r], 2 * sizeof(float));
         }
         ggml_free(ctx);

@@ -102,9 +102,9 @@ LLAMA_API int64_t million_capture_rows(const struct million_capture * cap, int32
 // all keys but those of its last 128 tokens, which an exact tail holds, then over all keys. 0 where attention has ALiBi.
 LLAMA_API int64_t million_capture_weights(const struct million_capture * cap, int32_t il, float * dst, int64_t n_max);
 
-// Which keys the queries of a layer look for: f32 [n_head_kv][D + 1][D], by KV head the sum of w k[i] q[j] over the weighed queries q of its group
-// and the keys k that are beyond an exact tail, with w = p^2 |v - o|^2 as above; the last row is the sum of w q[j]. Returns how many
-// numbers were written; 0 where queries could not be weighed, or there are more than n_max.
+// Which keys the queries of a layer look for: f32 [n_head_kv][D + 1][2 D + 1], by KV head the sum of w [k; 1] [q; k; 1]^T over the weighed queries
+// q of its group and the keys k that are beyond an exact tail, with w = p^2 |v - o|^2 as above. So the last row is the sum of w q, of w k, and of w.
+// Returns how many numbers were written; 0 where queries could not be weighed, or there are more than n_max.
 LLAMA_API int64_t million_capture_matches(const struct million_capture * cap, int32_t il, float * dst, int64_t n_max);
 
 #ifdef __cplusplus
