@@ -5,8 +5,10 @@
     python benchmarks/gpu/run.py --show 7b.json --plot 7b.png
 
 Runs llama.cpp's own llama-bench, llama-batched-bench and llama-completion, one cache type after the other in one session, so
-that a ratio compares neighbours in time. Every measurement is written to the JSON as soon as it is there. Only the standard
-library is needed, and matplotlib for ``--plot``. Models of real geometries: ``synthetic_gguf.py`` beside this file.
+that a ratio compares neighbours in time. Two processes of the same kind may differ by more than the repetitions within one:
+``--rounds`` runs everything as often, in turns, and the table has medians over rounds. Every measurement is written to the JSON as soon
+as it is there. Only the standard library is needed, and matplotlib for ``--plot``. Models of real geometries: ``synthetic_gguf.py``
+beside this file.
 """
 
 from __future__ import annotations
@@ -165,7 +167,7 @@ def measure(a: argparse.Namespace) -> None:
         jobs += [
             (f"memory {c} context {n_ctx}", lambda c=c, n=n_ctx: memory(a.bin, a.model, c, n, extra)) for c in caches
         ]
-    for name, job in jobs:
+    for name, job in jobs * a.rounds:
         start = time.monotonic()
         try:
             row = job()
@@ -178,9 +180,18 @@ def measure(a: argparse.Namespace) -> None:
         print(f"{name}: {speed} ({row['wall_s']} s)", *row.get("warnings", []), sep="\n  ", flush=True)
 
 
+def speeds(result: Json) -> dict[tuple[str, int, str], float]:
+    """Tokens per second by kind, depth and cache: medians over rounds."""
+    found: dict[tuple[str, int, str], list[float]] = {}
+    for r in result["rows"]:
+        if "tokens_per_s" in r:
+            found.setdefault((r["kind"], r["depth"], r["cache"]), []).append(r["tokens_per_s"])
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
 def table(result: Json) -> str:
     """Markdown: one row per kind, depth and cache, with ratios to f16 and q4_0 of the same depth."""
-    speed = {(r["kind"], r["depth"], r["cache"]): r["tokens_per_s"] for r in result["rows"] if "tokens_per_s" in r}
+    speed = speeds(result)
     lines = ["| measure | depth | cache | tokens/s | ms/token | to f16 | to q4_0 |", "|---|--:|---|--:|--:|--:|--:|"]
 
     def ratio(kind: str, depth: int, base: str, value: float) -> str:
@@ -211,9 +222,9 @@ def plot(result: Json, path: Path) -> None:
     gpus = result["machine"].get("gpus") or [{"name": "unknown GPU"}]
     figure.suptitle(f"{result['model']['name']} on {gpus[0]['name']}", fontsize=11)
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        rows = [r for r in result["rows"] if r["kind"] == kind]
-        for cache in dict.fromkeys(r["cache"] for r in rows):
-            points = sorted((r["depth"], 1000 / r["tokens_per_s"]) for r in rows if r["cache"] == cache)
+        speed = {(cache, depth): s for (k, depth, cache), s in speeds(result).items() if k == kind}
+        for cache in dict.fromkeys(cache for cache, _ in speed):
+            points = sorted((depth, 1000 / s) for (c, depth), s in speed.items() if c == cache)
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=cache)
         axes.set_xlabel("depth (tokens in the cache)")
         axes.set_ylabel("ms per token")
@@ -239,6 +250,7 @@ def main() -> None:
     p.add_argument("--gen", type=int, default=64, help="tokens of a decode (%(default)s)")
     p.add_argument("--sequences", type=int, default=8, help="of batched decode (%(default)s)")
     p.add_argument("--repeat", type=int, default=3, help="repetitions; the median counts (%(default)s)")
+    p.add_argument("--rounds", type=int, default=1, help="processes for each measurement, in turns (%(default)s)")
     p.add_argument("--extra", default="", help="more arguments for every program, in one string")
     p.add_argument("-o", "--output", type=Path, default=Path("result.json"))
     a = p.parse_args()
