@@ -30,7 +30,9 @@ from million_gguf.spec import PQ_TYPES
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = _ROOT / "benchmarks" / "results"
 # What the README shows now.
-_KL = [_RESULTS / "2026-11-26b-cpu-ref33m" / "kl.csv", _RESULTS / "2026-11-26d-cpu-ref33m" / "kl.csv"]  # later ones count
+_KL = [
+    _RESULTS / f"{name}-cpu-ref33m" / "kl.csv" for name in ("2026-11-26b", "2026-11-26d", "2026-11-27")
+]  # later ones count
 _KL_TEXT = "heldout"
 _KL_TITLE = "ref-33m, held-out text: what a KV cache type costs"
 _SPEED = [
