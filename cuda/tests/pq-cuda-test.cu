@@ -930,6 +930,16 @@ static void test_plan() {
     check(pq_cuda_attn_make_plan(p, h200).n_split == 4, "Llama-2-7B geometry at 32768: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
     p.n_head_kv = 8;
     check(pq_cuda_attn_make_plan(p, h200).n_split == 16, "Llama-3.1-8B geometry at 32768: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
+    // In a short context a step leaves multiprocessors to the encoding of its new rows, all of them at once. Without a tail it has no such rows.
+    p.n_kv = 4096;
+    check(pq_cuda_attn_make_plan(p, h200).n_split == 16, "Llama-3.1-8B geometry at 4096, without a tail: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
+    p.tail.n = 640;
+    const pq_cuda_attn_plan step = pq_cuda_attn_make_plan(p, h200);
+    check((h200.n_sm - step.n_blocks) * (step.n_threads / 128) >= 2 * 8 * 4, "Llama-3.1-8B geometry at 4096: %d blocks leave too little for 64 strips", step.n_blocks);
+    p.n_kv = 131072;
+    check(pq_cuda_attn_make_plan(p, h200).n_split == 16, "Llama-3.1-8B geometry at 131072, with a tail: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
+    p.tail.n = 0;
+    p.n_kv = 32768;
     const pq_cuda_device_props turing = { 75, 68, 65536 };
     check(pq_cuda_attn_unsupported(p, turing) != nullptr, "7.5 is too old");
     const pq_cuda_device_props ada = { 89, 128, 101376 };
