@@ -368,9 +368,11 @@ def test_weights_of_queries_are_what_far_keys_do_to_outputs(attended: Any) -> No
 @pytest.mark.native
 def test_matches_are_the_keys_that_queries_look_for(attended: Any) -> None:
     """The sum of w [k; 1] [q; k; 1]^T over all but the last 128 keys of each query."""
+    from million_gguf.converters.capture import K
+
     rows, layers = attended
     for layer, queries in enumerate(layers):
-        n_head_kv, D = rows.shape(layer, 0)
+        n_head_kv, D = rows.shape(layer, K)
         want = np.zeros((n_head_kv, D + 1, 2 * D + 1))
         for a in queries:
             k1 = np.concatenate([a.keys[: a.n_far], np.ones((a.n_far, 1))], axis=1)

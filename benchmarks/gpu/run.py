@@ -6,7 +6,7 @@
 
 Runs llama.cpp's own llama-bench, llama-batched-bench and llama-completion, one cache type after the other in one session, so
 that a ratio compares neighbours in time. Two processes of the same kind may differ by more than the repetitions within one:
-``--rounds`` runs everything as often, in turns, and the table has medians over rounds. Every measurement is written to the JSON as soon
+``--rounds`` measures every speed as often, in turns, and the table has medians over rounds. Every measurement is written to the JSON as soon
 as it is there. Only the standard library is needed, and matplotlib for ``--plot``. Models of real geometries: ``synthetic_gguf.py``
 beside this file.
 """
@@ -163,11 +163,12 @@ def measure(a: argparse.Namespace) -> None:
             )
             for c in caches
         ]
+    jobs *= a.rounds
     for n_ctx in numbers(a.memory_ctx):
         jobs += [
             (f"memory {c} context {n_ctx}", lambda c=c, n=n_ctx: memory(a.bin, a.model, c, n, extra)) for c in caches
         ]
-    for name, job in jobs * a.rounds:
+    for name, job in jobs:
         start = time.monotonic()
         try:
             row = job()

@@ -21,7 +21,7 @@ struct plan_costs {
     int part;     // merging one more
 };
 constexpr plan_costs COSTS     = { 400, 200, 0 };
-constexpr plan_costs COSTS_128 = { 1400, 400, 2 }; // measured with steps between products, as in a model; a cell takes 5 to 6 ns on an H100, whatever the rows
+constexpr plan_costs COSTS_128 = { 1400, 400, 2 }; // fitted to steps between products, as in a model; a cell takes 5 to 6 ns on an H100, whatever the rows
 constexpr int UNIT_CELLS     = 1200;   // a group of threads encodes a unit
 constexpr int LATE_CELLS     = 400;    // the last units, when blocks that attended encode them; less where parts are long, and end at different times
 

@@ -1161,7 +1161,7 @@ static std::vector<float> time_layers(const bench_setup & b, bench_what what) {
     for (size_t l = 0; l < b.layers.size(); l++) {
         const pq_encode_params * rows = what == ATTENTION ? nullptr : &b.new_rows[2 * l];
         if (what >= PRODUCT) {
-            CUDA(pq_launch(read_weights, dim3(132 * 16), 128, 0, stream, (const uint4 *) weights.p, product_bytes / sizeof(uint4), (uint32_t *) weights.p));
+            CUDA(pq_launch(read_weights, dim3(b.plan.n_sm * 16), 128, 0, stream, (const uint4 *) weights.p, product_bytes / sizeof(uint4), (uint32_t *) weights.p));
         }
         if (what == PRODUCT) {
             continue;
