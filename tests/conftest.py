@@ -11,15 +11,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # helpers.py and gguf_edit.py, which no package holds
+sys.path.insert(0, str(Path(__file__).parent))  # helpers.py and others, which no package holds
 
+from cuda_build import CudaBuild  # noqa: E402
 from gguf_edit import edit  # noqa: E402
 from helpers import make_set, write_model  # noqa: E402
 
@@ -43,13 +44,35 @@ def _why_not_native() -> str | None:
         return str(e)
 
 
+def _wants_cuda_build(item: pytest.Item) -> bool:
+    return "cuda_build" in getattr(item, "fixturenames", ())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_wants_cuda_build)  # they wait for a build that runs beside the others
     reason = _why_not_native()
     if reason is None or REQUIRE_NATIVE:
         return
     for item in items:
         if item.get_closest_marker("native"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def cuda_build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CudaBuild | None]:
+    """None without the tools."""
+    if CudaBuild.missing():
+        yield None
+        return
+    build = CudaBuild(tmp_path_factory.mktemp("cuda"))
+    yield build
+    build.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _begin_cuda_build(request: pytest.FixtureRequest) -> None:
+    if any(map(_wants_cuda_build, request.session.items)):
+        request.getfixturevalue("cuda_build")
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,13 @@ A budget is what the launch counts on: so many blocks of so many threads on one 
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("80", "90")
+from cuda_build import ARCHITECTURES, CudaBuild
 
 pytestmark = [pytest.mark.build, pytest.mark.slow]
 
@@ -59,7 +55,7 @@ BUDGETS = (
     Budget("pq_decode_kernelILi[0-9]ELi[24]E", threads=256, blocks=2, spills=256),
     Budget("pq_decode_kernelILi[0-9]ELi8E", threads=256, blocks=1),  # y of head size 256 takes half the registers
     Budget("pq_decode_plain_kernel", threads=256, blocks=4),
-    Budget("pq_decode_y_kernel", threads=256, blocks=3),
+    Budget("pq_prefill_rows_kernel", threads=256, blocks=3),
     Budget("pq_prefill_(begin|end)_kernel", threads=256, blocks=2),
     Budget("fill_random", threads=256, blocks=4),  # of the benchmark
     Budget("read_weights", threads=128, blocks=16),  # of the benchmark: all that a multiprocessor takes
@@ -125,35 +121,12 @@ class Build:
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+def build(cuda_build: CudaBuild | None) -> Build:
     """The test programs with all kernels, for both architectures, and what ptxas said."""
-    for tool in ("nvcc", "cmake"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not there: compiling the CUDA kernels needs the CUDA toolkit and CMake")
-    folder = tmp_path_factory.mktemp("cuda")
-    configure = [
-        *["cmake", "-S", str(ROOT / "cuda"), "-B", str(folder), "-DMILLION_CUDA=ON", "-DCMAKE_BUILD_TYPE=Release"],
-        *[f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(a + '-real' for a in ARCHITECTURES)}"],
-        "-DCMAKE_CUDA_FLAGS=-Xptxas=-v",
-    ]
-    log = ""
-    for command in (
-        configure,
-        [
-            "cmake",
-            "--build",
-            str(folder),
-            "--target",
-            "pq-cuda-test",
-            "pq-cuda-codec-test",
-            "-j",
-            str(min(4, os.cpu_count() or 1)),
-        ],
-    ):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=3600)
-        assert done.returncode == 0, done.stdout[-4000:]
-        log += done.stdout
-    return Build(log, folder / "pq-cuda-test")
+    if cuda_build is None:
+        pytest.skip(f"{CudaBuild.missing()} is not there: compiling the CUDA kernels needs the CUDA toolkit and CMake")
+    log = cuda_build.finish(timeout=3600)
+    return Build(log, cuda_build.folder / "pq-cuda-test")
 
 
 def test_parse_and_budgets() -> None:
@@ -180,7 +153,17 @@ def test_kernels_keep_their_budgets(build: Build) -> None:
     kernels = [k for k in parse(build.log) if "pq_" in k.name]
     for architecture in ARCHITECTURES:
         here = [k for k in kernels if k.architecture == architecture]
-        for family in ("pq_encode_few", "pq_encode_tile", "pq_decode_kernel", "pq_decode_plain", "pq_decode_y", "pq_prefill", "attn_128", "attn_kernel"):
+        for family in (
+            "pq_encode_few",
+            "pq_encode_tile",
+            "pq_decode_kernel",
+            "pq_decode_plain",
+            "pq_prefill_begin",
+            "pq_prefill_rows",
+            "pq_prefill_end",
+            "attn_128",
+            "attn_kernel",
+        ):
             assert any(family in k.name for k in here), f"no {family} kernel for sm_{architecture}"
     bad = [f"{k.name} for sm_{k.architecture}: {fault}" for k in kernels for fault in faults(k)]
     assert not bad, "\n".join(bad)

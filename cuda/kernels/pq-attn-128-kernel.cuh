@@ -53,7 +53,6 @@ __host__ __device__ constexpr int n_threads_128(int R) {
 
 struct args_128 : args {
     small_divisor by_row_groups, by_heads, by_parts; // of block indexes
-    small_divisor by_two_heads;                      // of heads of K and V
     int32_t    n_attn_blocks; // the others only encode
     int32_t    n_tail_warps;
     int32_t    tail_mask_by_16;
@@ -63,7 +62,7 @@ struct args_128 : args {
     uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups]; 0 before and after a launch
     // The rows of this step, not yet written. n_new 0: they are.
     int32_t    n_new;
-    int32_t    n_units;          // of encoding: strips of heads of both sides, 8 rows at a time
+    pq_encode_units units;       // of encoding: strips of heads of both sides, some rows at a time
     int32_t    n_apart;          // of them, the first ones: for blocks without attention
     int32_t    n_helpers;        // blocks that encode the others
     int64_t    slot_base;        // where the slots of `p.tail` begin among those that tail_idx counts
@@ -998,20 +997,22 @@ PQ_DEVICE void merge_parts_128(const args_128 & a, const row_info * rows, const 
     write_q8_128<R, NT / PQ_WARP>(a, rows, rows_out, warp, lane);
 }
 
-// The rows of a block from sums and head, in units of the whole: the weight of the coded part makes its elements as small as centroids, so that
-// two halves hold a float. v_map: see copy_v_map. scale(r): what a row is multiplied with; store(r, j, x, y): takes its elements j and j + 1
-template <int R, int NW, class SCALE, class STORE>
-PQ_DEVICE void map_rows_128(const args_128 & a, const float * sums, const float * head, const __half * v_map, int warp, int lane, SCALE scale, STORE store) {
+// The rows of a block, in units of what they were scaled by. sums: float [2][R][128], of the coded part and of the tail; split: half [2][R][Q_STRIDE], those of the
+// coded part, then what rounding took off (units of the whole: the weight of the coded part makes its elements as small as centroids, so that two halves hold a
+// float). weights: of the coded part of each row, scaled too. v_map: see copy_v_map. store(r, j, x, y): takes elements j and j + 1 of a row
+template <int R, int NW, class STORE>
+PQ_DEVICE void map_rows_128(const args_128 & a, const float * sums, const __half * split, const float * weights, const __half * v_map, int warp, int lane, STORE store) {
     const int g = lane / 4, t = lane % 4, r = min(g, R - 1);
-    const float coded = head[4 * r + 1], tail = head[4 * r + 2];
     bool any_coded = false;
 #pragma unroll
     for (int i = 0; i < R; i++) {
-        any_coded = any_coded || head[4 * i + 1] != 0.0f;
+        any_coded = any_coded || weights[i] != 0.0f;
     }
-    const float f = scale(r);
+    const float coded = weights[r];
     const float * x = sums + r * 128, * x_tail = sums + (R + r) * 128, * mu = (const float *) (v_map + 128 * T_INV_STRIDE);
     const bool map = any_coded && a.v.T_inv != 0;
+    // rows 0..7 of A are halves, rows 8..15 what rounding took off; the lane's row of a matrix load
+    const __half * a_row = split + (lane / 8 % 2 * R + min(lane % 8, R - 1)) * Q_STRIDE + lane / 16 * 8;
 #pragma unroll
     for (int i = 0; i < (16 + NW - 1) / NW; i++) {
         const int j = 8 * (warp + i * NW);
@@ -1019,7 +1020,7 @@ PQ_DEVICE void map_rows_128(const args_128 & a, const float * sums, const float 
             break;
         }
         float y0, y1;
-        if (map) { // rows 0..7 of A: halves, rows 8..15: what rounding took off
+        if (map) {
             float c[2][4] = {};
 #pragma unroll
             for (int k = 0; k < 128; k += 32) {
@@ -1027,27 +1028,23 @@ PQ_DEVICE void map_rows_128(const args_128 & a, const float * sums, const float 
                 pq_ldmatrix_trans(b, v_map + (k + lane) * T_INV_STRIDE + j);
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    const float2 u = *(const float2 *) (x + k + 16 * h + 2 * t), v = *(const float2 *) (x + k + 16 * h + 8 + 2 * t);
-                    uint32_t hi[2], lo[2];
-                    split_half2(hi[0], lo[0], u.x * f, u.y * f);
-                    split_half2(hi[1], lo[1], v.x * f, v.y * f);
-                    pq_mma_m16n8k16(c[h], hi[0], lo[0], hi[1], lo[1], b[2 * h], b[2 * h + 1]);
+                    uint32_t u[4];
+                    pq_ldmatrix(u, a_row + k + 16 * h);
+                    pq_mma_m16n8k16(c[h], u[0], u[1], u[2], u[3], b[2 * h], b[2 * h + 1]);
                 }
             }
             y0 = c[0][0] + c[0][2] + (c[1][0] + c[1][2]);
             y1 = c[0][1] + c[0][3] + (c[1][1] + c[1][3]);
         } else {
-            y0 = x[j + 2 * t] * f;
-            y1 = x[j + 2 * t + 1] * f;
+            y0 = x[j + 2 * t];
+            y1 = x[j + 2 * t + 1];
         }
         if (any_coded) {
-            y0 = fmaf(mu[j + 2 * t],     coded * f, y0);
-            y1 = fmaf(mu[j + 2 * t + 1], coded * f, y1);
+            y0 = fmaf(mu[j + 2 * t],     coded, y0);
+            y1 = fmaf(mu[j + 2 * t + 1], coded, y1);
         }
-        if (tail != 0.0f) {
-            y0 = fmaf(x_tail[j + 2 * t],     f, y0);
-            y1 = fmaf(x_tail[j + 2 * t + 1], f, y1);
-        }
+        y0 += x_tail[j + 2 * t];
+        y1 += x_tail[j + 2 * t + 1];
         if (g < R) {
             store(r, j + 2 * t, y0, y1);
         }
@@ -1059,7 +1056,7 @@ PQ_DEVICE void map_rows_128(const args_128 & a, const float * sums, const float 
 // One function per type, called and not inlined: the registers of the attention loop are counted.
 template <int TYPE>
 __device__ __noinline__ int encode_units_of(const args_128 & a, pq_encode_group_smem & s, int unit, int n_units, int stride) {
-    return pq_encode_group<TYPE>(a.rope.k ? &a.rope : nullptr, a.p.n_head_kv, a.by_two_heads, unit, n_units, stride, s);
+    return pq_encode_group<TYPE>(a.rope.k ? &a.rope : nullptr, a.units, unit, n_units, stride, s);
 }
 
 // A group encodes every stride-th unit below n_units.
@@ -1069,7 +1066,7 @@ __device__ __forceinline__ void encode_units(const args_128 & a, pq_encode_group
         pq_encode_group_begin(a.new_rows, s);
     }
     while (unit < n_units) {
-        if (KT == VT || pq_encode_unit(unit, a.p.n_head_kv, a.by_two_heads).side == 0) {
+        if (KT == VT || pq_encode_unit(unit, a.units).side == 0) {
             unit = encode_units_of<KT>(a, s, unit, n_units, stride);
         } else {
             unit = encode_units_of<VT>(a, s, unit, n_units, stride);
@@ -1080,8 +1077,8 @@ __device__ __forceinline__ void encode_units(const args_128 & a, pq_encode_group
 // Brings to L2 what the last units need, those that blocks with attention will encode: every block a part of it.
 PQ_DEVICE void prefetch_last_units(const args_128 & a, int tid) {
 #pragma unroll 1
-    for (int unit = a.n_apart + blockIdx.x; unit < a.n_units; unit += a.n_attn_blocks) {
-        const pq_encode_unit u(unit, a.p.n_head_kv, a.by_two_heads);
+    for (int unit = a.n_apart + blockIdx.x; unit < a.units.n; unit += a.n_attn_blocks) {
+        const pq_encode_unit u(unit, a.units);
         if (tid < PQ_ENCODE_FEW_THREADS) {
             pq_encode_prefetch(a.new_rows.side[u.side], u, tid);
         }
@@ -1089,6 +1086,19 @@ PQ_DEVICE void prefetch_last_units(const args_128 & a, int tid) {
 }
 
 // ---- the kernel ----
+
+// The parameters of a launch come from memory, a line of them when it is first read. So that the lines come together and not one after the other, each warp
+// begins with a word of another line. What it returns has to be used, or it is not read.
+template <int NW>
+PQ_DEVICE uint32_t touch_params(const args_128 & a, int warp) {
+    constexpr int LINE = 64, N_LINES = (sizeof(args_128) + LINE - 1) / LINE;
+    uint32_t x = 0;
+#pragma unroll
+    for (int i = 0; i < N_LINES; i += NW) {
+        x ^= ((const uint32_t *) &a)[min(i + warp, N_LINES - 1) * (LINE / (int) sizeof(uint32_t))];
+    }
+    return x;
+}
 
 template <int KT /* type of K */, int VT /* of V */, int R /* rows */>
 __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __grid_constant__ args_128 a) {
@@ -1107,10 +1117,11 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
 
     extern __shared__ __align__(16) uint8_t smem[];
     row_info * rows    = (row_info *) (smem + a.smem_rows);
-    __half   * q_map   = (__half *)   (smem + a.smem_qt);       // [R][Q_STRIDE]
+    __half   * q_map   = (__half *)   (smem + a.smem_qt);       // [R][Q_STRIDE], afterwards the sums of the coded part as halves, see map_rows_128
     float2   * ml      = (float2 *)   (smem + a.smem_merge_ml); // {m, sum of weights} [NW][R]
     float2   * tail_ml = ml + NW * R;                           // the same of the tail [n_tail_warps][R]
     float    * head    = (float *) (tail_ml + NW * R);          // [R][4]: m, weight of the coded part, weight of the tail; then how many parts came before
+    float    * coded_weights = head + 4 * R + 4;                // [R]: in units of the whole
     float    * sums    = (float *)    (smem + a.smem_sums);     // [2][R][128]: coded, tail
     uint32_t * q_split = (uint32_t *) sums;                     // [4 R][Q_SPLIT_STRIDE], before there are sums
     float    * tail_o  = (float *)    (smem + a.smem_tail);     // [n_tail_warps][R][128]
@@ -1118,6 +1129,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
 
     const int tid = threadIdx.x, lane = tid % PQ_WARP;
     const int warp = __shfl_sync(PQ_FULL_WARP, tid / PQ_WARP, 0); // so that the compiler knows it to be the same in all lanes
+    const uint32_t touched = touch_params<NW>(a, warp);
     const int g = lane / 4, t = lane % 4;
     pq_encode_group_smem & encode_smem = ((pq_encode_group_smem *) smem)[tid / PQ_ENCODE_FEW_THREADS];
 
@@ -1137,7 +1149,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     const int stream    = (int) b;
     const int row0      = row_group * R;
     const int64_t kv0     = min(split * a.cells_per_split, a.p.n_kv);
-    const int     n_cell  = (int) (min(kv0 + a.cells_per_split, a.p.n_kv) - kv0);
+    const int     n_cell  = (int) ((split == a.n_split - 1 ? a.p.n_kv : min(kv0 + a.cells_per_split, a.p.n_kv)) - kv0);
     const int     n_tile  = (n_cell + TILE_128 - 1) / TILE_128;
     const int64_t slot0   = min(split * a.slots_per_split, a.p.tail.n);
     const int     n_slots = (int) (min(slot0 + a.slots_per_split, a.p.tail.n) - slot0);
@@ -1146,10 +1158,11 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
 
     const uint32_t tables_here = PQ_SHARED_BASE + a.smem_barrier;
     constexpr bool ONE_ASKS = PQ_HAS_BULK_COPIES;
-    if (tid == 0) {
+    const bool asks = ONE_ASKS ? tid == PQ_WARP : true; // not a thread of the first warp, which has the rows to see to
+    if (ONE_ASKS && asks) {
         pq_bulk_open(tables_here);
     }
-    if (a.early_tables && (!ONE_ASKS || tid == 0)) {
+    if (a.early_tables && asks) {
         ask_for_tables<KT, VT, NT>(a, head_kv, smem, tables_here, tid);
     }
     if (!a.settled) {
@@ -1177,7 +1190,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         }
     }
     if (a.settled) { // masks of the part
-        for (int tok = warp; tok < (int) a.p.n_q; tok += NW) {
+        for (int tok = (warp + NW / 2) % NW; tok < (int) a.p.n_q; tok += NW) {
             uint32_t of_stream = (uint32_t) stream;
             const uint8_t * mask = a.p.mask + a.by_stream_mask.split(of_stream) * a.p.mask_stream_stride + tok * a.p.mask_token_stride + kv0 * 2;
             const uint8_t * tail_mask = a.p.tail.mask + stream * a.p.tail.mask_stream_stride + tok * a.p.tail.mask_token_stride + slot0 * 2;
@@ -1194,6 +1207,9 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         for (int i = tid; i < 16 * R + 4; i += NT) {
             weights[NW * 16 * R + i] = 0;
         }
+    }
+    if (lane == 0) {
+        ((uint32_t *) ml)[warp] = touched; // nobody reads it
     }
     __syncthreads(); // the rows, and turns
 
@@ -1221,10 +1237,18 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         }
         pq_copy_commit();
     };
+    // Whether the first query sees the lane's first step is asked for before tiles are looked for, or two loads would wait for memory one after the other; and both
+    // before copies are under way, which a load would wait behind. (Before 9.0 it would take registers from the loop.)
+    const int lane_step = warp + lane * nw_tail;
+    uint4 step_mask = make_uint4(0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u);
+    if (ONE_ASKS && a.tail_mask_by_16 && warp < nw_tail && (lane_step + 1) * TAIL_STEP <= n_slots) {
+        step_mask = __ldg((const uint4 *) (rows[0].tail_mask + (slot0 + lane_step * TAIL_STEP) * 2));
+    }
     const int first_tile = tiles.next(seen_tile);
+    const bool step_seen = ((step_mask.x ^ 0xfc00fc00u) | (step_mask.y ^ 0xfc00fc00u) | (step_mask.z ^ 0xfc00fc00u) | (step_mask.w ^ 0xfc00fc00u)) != 0;
+    const int first_step = steps.next([&](int step) { return step_seen || seen_step(step); }); // a lane's first step is seen, or none of its round is
     load_k(first_tile);
     load_v(first_tile);
-    const int first_step = steps.next(seen_step);
     if (first_step >= 0) { // the first rows of the tail to L2, two lines each of K and V
         const int64_t slot = slot0 + min(first_step * TAIL_STEP + lane / 4, n_slots - 1);
         const uint8_t * tail_row = lane % 4 < 2 ? a.p.tail.k + stream * a.p.tail.k_stream_stride + head_kv * a.p.tail.k_head_stride + slot * a.p.tail.k_row_stride
@@ -1234,7 +1258,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     bool any_tile = a.early_tables;
     if (!any_tile) {
         any_tile = __syncthreads_or(first_tile >= 0);
-        if (any_tile && (!ONE_ASKS || tid == 0)) {
+        if (any_tile && asks) {
             ask_for_tables<KT, VT, NT>(a, head_kv, smem, tables_here, tid);
         }
     }
@@ -1488,7 +1512,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     }
     pq_copy_wait<0>();
     pq_pdl_launch_next();
-    if (a.n_apart < a.n_units) {
+    if (a.n_apart < a.units.n) {
         prefetch_last_units(a, tid);
     }
     if (t == 0 && g < R) {
@@ -1500,8 +1524,8 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     float * merge = (float *) smem; // [NW][2][R][128], over the tables
     constexpr uint32_t V_MAP = NW * 2 * R * D * sizeof(float);
     const uint32_t v_map = PQ_SHARED_BASE + V_MAP;
-    if (any_tile) {
-        copy_v_map<NT>(v_map, v_block, a.v, tid);
+    if (any_tile && warp >= R) {
+        copy_v_map<NT - R * PQ_WARP>(v_map, v_block, a.v, tid - R * PQ_WARP);
     }
     if (warp < R) { // a warp per row, a lane per warp
         const float2 none  = make_float2(-CUDART_INF_F, 0.0f);
@@ -1534,8 +1558,14 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         }
     }
     __syncthreads();
+    // in units of the whole: the result, or, of a part, the sum of its weights
+    auto scale = [&](int r) {
+        const float weight = head[4 * r + 1] + head[4 * r + 2];
+        return a.n_split == 1 ? result_scale(a, rows[r], head[4 * r], weight) : weight == 0.0f ? 0.0f : 1.0f / weight;
+    };
     for (int i = tid; i < R * D; i += NT) {
-        const int r = i / D;
+        const int   r = i / D;
+        const float f = scale(r);
         float x = 0.0f, xt = 0.0f;
         if (any_tile) {
 #pragma unroll 8
@@ -1547,8 +1577,15 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         for (int w = 0; w < nw_tail; w++) {
             xt = fmaf(tail_o[w * R * D + i], tail_ml[w * R + r].x, xt);
         }
+        x *= f;
         sums[i]         = x;
-        sums[R * D + i] = xt;
+        sums[R * D + i] = xt * f;
+        const __half hi = __float2half_rn(x);
+        q_map[r * Q_STRIDE + i % D]       = hi;
+        q_map[(R + r) * Q_STRIDE + i % D] = __float2half_rn(x - __half2float(hi));
+        if (i % D == 0) {
+            coded_weights[r] = head[4 * r + 1] * f;
+        }
     }
     pq_copy_wait<0>();
     __syncthreads();
@@ -1557,8 +1594,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     const __half * v_map_here = (const __half *) (smem + V_MAP);
     int helper = blockIdx.x; // which one of the blocks that encode
     if (a.n_split == 1) {
-        map_rows_128<R, NW>(a, sums, head, v_map_here, warp, lane,
-            [&](int r) { return result_scale(a, rows[r], head[4 * r], head[4 * r + 1] + head[4 * r + 2]); },
+        map_rows_128<R, NW>(a, sums, q_map, coded_weights, v_map_here, warp, lane,
             [&](int r, int j, float x, float y) {
                 if (rows[r].valid) {
                     *(float2 *) ((float *) rows[r].dst + j) = make_float2(x, y);
@@ -1571,8 +1607,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         const int n_rows = min(R, a.n_rows - row0);
         float * records  = a.partials + (((size_t) stream * a.p.n_head_kv + head_kv) * a.n_rows + row0) * a.n_split * RECORD_128;
         auto    weight   = [&](int r) { return head[4 * r + 1] + head[4 * r + 2]; };
-        map_rows_128<R, NW>(a, sums, head, v_map_here, warp, lane,
-            [&](int r) { return weight(r) == 0.0f ? 0.0f : 1.0f / weight(r); },
+        map_rows_128<R, NW>(a, sums, q_map, coded_weights, v_map_here, warp, lane,
             [&](int r, int j, float x, float y) {
                 if (r < n_rows) {
                     *(float2 *) (records + ((size_t) r * a.n_split + split) * RECORD_128 + 4 + j) = make_float2(x, y);
@@ -1598,7 +1633,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     }
     if (helper < a.n_helpers) {
         __syncthreads(); // the encoder lies over everything that there was in shared memory
-        encode_units<KT, VT>(a, encode_smem, a.n_apart + helper + tid / PQ_ENCODE_FEW_THREADS * a.n_helpers, a.n_units, a.n_helpers * N_GROUP_ENCODE);
+        encode_units<KT, VT>(a, encode_smem, a.n_apart + helper + tid / PQ_ENCODE_FEW_THREADS * a.n_helpers, a.units.n, a.n_helpers * N_GROUP_ENCODE);
     }
 }
 

@@ -22,8 +22,10 @@ struct plan_costs {
 };
 constexpr plan_costs COSTS     = { 400, 200, 0 };
 constexpr plan_costs COSTS_128 = { 1400, 400, 2 }; // fitted to steps between products, as in a model; a cell takes 5 to 6 ns on an H100, whatever the rows
-constexpr int UNIT_CELLS     = 1200;   // a group of threads encodes a unit
-constexpr int LATE_CELLS     = 400;    // the last units, when blocks that attended encode them; less where parts are long, and end at different times
+constexpr int UNIT_CELLS     = 1200;   // a group of threads encodes a unit of one row
+constexpr int UNIT_ROW_CELLS = 300;    // one more row
+constexpr int HIDDEN_CELLS   = 800;    // what the last units, those that blocks which attended encode, may take while the parts are merged; more where parts are
+                                       // long, and end at different times
 
 int64_t div_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
@@ -85,9 +87,9 @@ smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_
     off = (off + 15) / 16 * 16;
     s.codes    = take(NW * TILE_128 * (tile_cell(p.k.type) + tile_cell(p.v.type)));
     s.rows     = take(R * sizeof(row_info));
-    s.qt       = take((size_t) R * Q_STRIDE * sizeof(uint16_t));
+    s.qt       = take((size_t) 2 * R * Q_STRIDE * sizeof(uint16_t));
     s.weights  = take(R > 1 ? ((NW + 1) * 16 * R + 4) * sizeof(uint32_t) : 0);
-    s.merge_ml = take((4 * NW * R + 4 * R + 4) * sizeof(float));
+    s.merge_ml = take((4 * NW * R + 4 * R + 4 + R) * sizeof(float));
     s.sums     = take((size_t) R * 2 * 128 * sizeof(float));
     s.tail     = take((size_t) n_tail_warps * R * 128 * sizeof(float)); // first it holds turns of n_q tokens: there are no more than rows
     s.barrier  = take(sizeof(uint64_t));
@@ -111,14 +113,55 @@ bool is_paired(const pq_attn_params & p, const pq_attn_side & s) {
     return ((uintptr_t) s.data | s.row_stride | s.stream_stride | 2 * s.head_stride) % 32 == 0 && s.head_stride == pq_head_bytes(s.type, s.D) && p.n_head_kv % 2 == 0;
 }
 
-// Units of encoding of a step: strips of heads of both sides, 8 rows at a time.
-int64_t n_encode_units(int64_t n_new_rows, int n_head_kv) {
-    return div_up(n_new_rows, PQ_ENCODE_FEW_ROWS) * 2 * n_head_kv * (128 / PQ_ENCODE_STRIP);
+// Units of encoding of a step: strips of heads of both sides, unit_rows rows at a time.
+int64_t n_encode_units(int64_t n_new_rows, int64_t unit_rows, int n_head_kv) {
+    return div_up(n_new_rows, unit_rows) * 2 * n_head_kv * (128 / PQ_ENCODE_STRIP);
+}
+
+int64_t unit_cells(int64_t unit_rows) {
+    return UNIT_CELLS + (unit_rows - 1) * UNIT_ROW_CELLS;
 }
 
 // Those of them that n_free multiprocessors without attention encode in the time that the others attend.
-int64_t n_units_apart(int64_t n_units, int64_t n_free, int n_threads, int64_t cells_per_split) {
-    return std::min(n_units, n_free * (n_threads / PQ_ENCODE_FEW_THREADS) * std::max<int64_t>((COSTS_128.prologue + cells_per_split) / UNIT_CELLS, 1));
+int64_t n_units_apart(int64_t n_units, int64_t unit_rows, int64_t n_free, int n_threads, int64_t cells_per_split) {
+    return std::min(n_units, n_free * (n_threads / PQ_ENCODE_FEW_THREADS) * std::max<int64_t>((COSTS_128.prologue + cells_per_split) / unit_cells(unit_rows), 1));
+}
+
+// Blocks that encode the other units: when they have delivered their part, and are not the last of their row group.
+int64_t n_helpers(int64_t n_blocks, int64_t n_split) {
+    return n_split == 1 ? n_blocks : n_blocks / n_split * (n_split - 1);
+}
+
+struct encode_plan {
+    int64_t rows; // of a unit
+    int64_t cost; // what it adds to attention
+};
+
+// The more rows in a unit, the less codebook is read, and the more uneven is the work.
+encode_plan plan_encode(int64_t n_new_rows, int n_head_kv, int64_t n_blocks, int64_t n_split, int n_sm, int n_threads, int64_t cells) {
+    encode_plan best = { PQ_ENCODE_FEW_ROWS, 0 };
+    int64_t best_cost = INT64_MAX;
+    for (int64_t rows = PQ_ENCODE_FEW_ROWS; rows >= 1; rows /= 2) {
+        if (rows > 1 && rows / 2 >= n_new_rows) {
+            continue; // as many units with fewer
+        }
+        const int64_t n_units = n_encode_units(n_new_rows, rows, n_head_kv);
+        const int64_t late    = n_units - n_units_apart(n_units, rows, std::max<int64_t>(n_sm - n_blocks, 0), n_threads, cells);
+        const int64_t turns   = div_up(late, n_helpers(n_blocks, n_split) * (n_threads / PQ_ENCODE_FEW_THREADS));
+        const int64_t seen    = late > 0 ? std::max<int64_t>(turns * unit_cells(rows) - HIDDEN_CELLS - cells * 3 / 10, 0) : 0;
+        if (seen + late * rows < best_cost) {
+            best_cost = seen + late * rows;
+            best      = { rows, seen + late };
+        }
+    }
+    return best;
+}
+
+// Cells of each of n parts but the last. A part that is a little longer than whole rounds of its warps takes one more round; the last cells of a context are
+// seldom seen (the tail has the newest tokens, and some cells have none yet), so the last part may have a round more than the others.
+int64_t cells_of_parts(int64_t n_kv, int64_t n, int64_t round) {
+    const int64_t even = div_up(div_up(n_kv, SPLIT_STEP), n) * SPLIT_STEP, whole = even / round * round;
+    return whole > 0 && n_kv - n * whole <= round ? whole : even;
 }
 
 int rows_per_block(int64_t n_rows) {
@@ -193,29 +236,30 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
     // One block fills a multiprocessor: every wave of blocks costs its longest block. Fewer parts leave multiprocessors to the encoding of a step's new rows,
     // of which there is one per query token.
     const int64_t n_base  = (int64_t) p.n_stream * p.n_head_kv * plan.n_row_groups;
-    const int64_t n_units = is_128 && p.tail.n > 0 ? n_encode_units((int64_t) p.n_stream * p.n_q, p.n_head_kv) : 0;
+    const int64_t n_new   = is_128 && p.tail.n > 0 ? (int64_t) p.n_stream * p.n_q : 0;
     const int64_t n_steps = div_up(p.n_kv, SPLIT_STEP);
+    const int64_t round   = is_128 ? plan.n_threads / PQ_WARP * TILE_128 : SPLIT_STEP; // the other kernels have a list as long as a part
     const plan_costs costs = is_128 ? COSTS_128 : COSTS;
     int64_t best_cost = INT64_MAX;
     plan.n_split = 1;
     for (int64_t n = 1; n <= std::min<int64_t>(MAX_SPLIT, std::max<int64_t>(n_steps, 1)); n++) {
-        const int64_t cells = div_up(n_steps, n) * SPLIT_STEP;
+        const int64_t cells = cells_of_parts(p.n_kv, n, round);
         const int64_t slots = div_up(p.tail.n, n);
         if (!is_128 && cells / cells_per_tile(plan.lanes) + slots > MAX_LIST) {
             continue;
         }
         const int64_t waves = div_up(n_base * n, device.n_sm);
-        const int64_t late  = n_units - n_units_apart(n_units, std::max<int64_t>(device.n_sm - n_base * n, 0), plan.n_threads, cells);
-        const int64_t cost  = waves * (costs.prologue + cells) + (n > 1 ? costs.combine + n * costs.part : 0) +
-                              (late > 0 ? std::max<int64_t>(LATE_CELLS - cells * 3 / 10, 0) + late : 0);
+        const encode_plan encode = n_new > 0 ? plan_encode(n_new, p.n_head_kv, n_base * n, n, device.n_sm, plan.n_threads, cells) : encode_plan { 1, 0 };
+        const int64_t cost  = waves * (costs.prologue + cells) + (n > 1 ? costs.combine + n * costs.part : 0) + encode.cost;
         if (cost < best_cost) {
-            best_cost    = cost;
-            plan.n_split = (int32_t) n;
+            best_cost        = cost;
+            plan.n_split     = (int32_t) n;
+            plan.encode_rows = (int32_t) encode.rows;
         }
     }
-    plan.cells_per_split = div_up(n_steps, plan.n_split) * SPLIT_STEP;
+    plan.cells_per_split = cells_of_parts(p.n_kv, plan.n_split, round);
     if (n_steps > 0) { // no part without cells
-        plan.n_split = (int32_t) div_up(n_steps * SPLIT_STEP, plan.cells_per_split);
+        plan.n_split = (int32_t) std::min<int64_t>(plan.n_split, div_up(p.n_kv, plan.cells_per_split));
     }
     plan.slots_per_split = div_up(p.tail.n, plan.n_split);
     plan.n_blocks        = (int32_t) (n_base * plan.n_split);
@@ -298,7 +342,6 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
     a.by_row_groups   = small_divisor(plan.n_row_groups);
     a.by_heads        = small_divisor(p.n_head_kv);
     a.by_parts        = small_divisor(plan.n_split);
-    a.by_two_heads    = small_divisor(2 * p.n_head_kv);
     a.n_attn_blocks   = plan.n_blocks;
     a.n_tail_warps    = plan.n_tail_warps;
     a.tail_mask_by_16 = ((uintptr_t) p.tail.mask | p.tail.mask_token_stride | p.tail.mask_stream_stride) % 16 == 0;
@@ -323,14 +366,14 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
     if (new_rows) {
         a.new_rows         = pq_make_encode_sides(new_rows, 2);
         a.n_new            = (int32_t) new_rows->n_rows;
-        a.n_units          = (int32_t) n_encode_units(new_rows->n_rows, p.n_head_kv);
+        a.units = { (int32_t) n_encode_units(new_rows->n_rows, plan.encode_rows, p.n_head_kv), (int32_t) new_rows->n_rows, plan.encode_rows, p.n_head_kv, small_divisor(2 * p.n_head_kv) };
         a.slot_base        = (p.tail.k - new_rows->tail) / (int64_t) new_rows->tail_row_stride;
         a.slots_per_stream = (int64_t) (p.tail.k_stream_stride / new_rows->tail_row_stride);
         // Multiprocessors without attention encode for as long as the others attend. What is left is for blocks that are not the last of their row group.
         const int n_groups = plan.n_threads / PQ_ENCODE_FEW_THREADS;
         const int n_free   = std::max(plan.n_sm - plan.n_blocks, 0);
-        a.n_apart   = (int32_t) n_units_apart(a.n_units, n_free, plan.n_threads, plan.cells_per_split);
-        a.n_helpers = a.n_apart == a.n_units ? 0 : plan.n_split == 1 ? plan.n_blocks : plan.n_blocks / plan.n_split * (plan.n_split - 1);
+        a.n_apart   = (int32_t) n_units_apart(a.units.n, plan.encode_rows, n_free, plan.n_threads, plan.cells_per_split);
+        a.n_helpers = a.n_apart == a.units.n ? 0 : (int32_t) n_helpers(plan.n_blocks, plan.n_split);
         n_blocks   += std::min<int>(n_free, (int) div_up(a.n_apart, n_groups));
     }
     return plan.rows_per_block == 1 ? launch_128<1>(a, plan, n_blocks, stream)

@@ -41,6 +41,7 @@ struct pq_cuda_attn_plan {
     int32_t n_blocks;        // of attention; those that only encode come on top
     int32_t score_tiles;     // two phases: tiles whose scores fit in shared memory
     int32_t n_tail_warps;    // PQ_CUDA_ATTN_128: warps of a block that attend to the exact tail
+    int32_t encode_rows;     // PQ_CUDA_ATTN_128: new rows of a step that a group of threads encodes at a time
     int32_t n_sm;            // of the device that the plan is for
     size_t  smem_bytes;      // dynamic shared memory of a block
     size_t  scratch_bytes;   // device memory that pq_cuda_attn takes as `scratch`; 0 when n_split is 1
@@ -110,7 +111,6 @@ struct pq_cuda_decode_side {
     const uint8_t  * tail;              // f16 [slots][n_head_kv][D], by strides
     size_t           tail_row_stride;
     size_t           tail_head_stride;
-    int32_t          in_code_space;     // rows are y, as codes say them, not y T^-1 + mu. For D = 128, x_f16 and no row_source
 };
 
 // Fills the sides (K and V, 1 or 2), in one launch when they have the same type and head size.
@@ -118,23 +118,27 @@ cudaError_t pq_cuda_decode_rows(const pq_cuda_decode_side * sides, int n_sides, 
 
 // ---- prefill: what a flash attention of another library needs before and after it ----
 
-// One stream of p, attended to in the space of codes: K and V are rows y of pq_cuda_decode_rows(in_code_space), the queries are q_mapped, and no mu is
+// One stream of p, attended to in the space of codes: K and V are rows y, looked up and not mapped back, the queries are q_mapped, and no mu is
 // counted. Rows of the exact tail take the places of their cells, and the mask has their columns in between.
 struct pq_cuda_prefill_step {
     pq_attn_params   p;         // pointers are to the stream
     const uint16_t * cell_low;  // [p.tail.n]: the cell of a slot, 16 bits each, no two the same; negative: the slot is not in use; n_kv or more: it is ignored
     const uint16_t * cell_high;
     float          * q_mapped;  // [n_q][n_head][D]: T^-1 q
-    uint16_t       * k_rows;    // f16 [n_head_kv][n_kv][D], decoded
+    uint16_t       * k_rows;    // f16 [n_head_kv][n_kv][D]
     uint16_t       * v_rows;
     uint8_t        * mask;      // p.mask, to be written
     uint16_t       * mask_kept; // [n_q][p.tail.n]
+    // The kernel ahead in the stream is pq_cuda_encode of rows that all have a slot of this tail, or of any rows where there is no tail. What it
+    // does not write is then read, and what it does not read is written, while it may still run.
+    int32_t          after_encode;
 };
 
 // NULL, or why this can't be done: a score needs all of its terms, there is nothing to map, or rows do not lie as the kernels want them.
 const char * pq_cuda_prefill_unsupported(const pq_attn_params & p);
 
-// After K and V are decoded: makes q_mapped, puts the rows and the mask of the tail to their cells.
+// Makes q_mapped, puts the rows and the mask of the tail to their cells, and looks up all other rows of K and V. One launch after the other: what comes first
+// fits in where the last blocks of an encoder leave multiprocessors free.
 cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, cudaStream_t stream);
 
 // After attention: p.dst becomes rows of V again, and the mask what it was.

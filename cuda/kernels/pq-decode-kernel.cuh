@@ -159,54 +159,6 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_plain_kernel(cons
     }
 }
 
-// Rows y, not mapped back, of D = 128 as f16: lookups alone, as fast as memory takes them. 16 threads share a row, so that a warp stores whole lines; the codes
-// of the next rows are on their way while these are looked up.
-// grid: (parts of the rows, heads of all sides). Dynamic shared memory: the table, f16 [M][PQ_KSUB][DSUB]
-constexpr int PQ_DECODE_Y_AHEAD  = 4; // rows of a thread
-constexpr int PQ_DECODE_Y_ROWS   = PQ_DECODE_Y_AHEAD * PQ_DECODE_THREADS / 16;
-constexpr int PQ_DECODE_Y_BLOCKS = 3; // of a multiprocessor: the tables leave room for no more
-
-template <int TYPE, bool ALIGNED /* codes, at a multiple of 2 bytes */>
-__global__ void __launch_bounds__(PQ_DECODE_THREADS, PQ_DECODE_Y_BLOCKS) pq_decode_y_kernel(const __grid_constant__ pq_decode_args a) {
-    extern __shared__ __align__(16) uint8_t pq_decode_smem[];
-    __half * table = (__half *) pq_decode_smem;
-    const int  n_head_0 = a.side[0].s.p.n_head_kv;
-    const bool second   = (int) blockIdx.y >= n_head_0;
-    const int  head     = blockIdx.y - (second ? n_head_0 : 0);
-    const pq_cuda_decode_side & s = a.side[second].s;
-    pq_decode_start_table(a, 128, (const __half *) (s.p.codebook + (size_t) head * a.side[second].layout.head_bytes + a.side[second].layout.centroids), table);
-    pq_pdl_wait();
-    pq_pdl_launch_next();
-
-    const int j = threadIdx.x % 16, n_rows = (int) s.p.n_rows, step = gridDim.x * PQ_DECODE_Y_ROWS;
-    const uint8_t * codes = s.p.codes + head * s.codes_head_stride;
-    uint8_t       * dst   = (uint8_t *) s.x_f16 + head * s.p.x_head_stride + j * 16;
-    auto load = [&](uint32_t (&c)[PQ_DECODE_Y_AHEAD], int row0) {
-#pragma unroll
-        for (int i = 0; i < PQ_DECODE_Y_AHEAD; i++) {
-            c[i] = pq_decode_load_unit<TYPE, ALIGNED>(codes + (int64_t) min(row0 + 16 * i, n_rows - 1) * s.p.codes_row_stride, j, 128);
-        }
-    };
-    int row = blockIdx.x * PQ_DECODE_Y_ROWS + threadIdx.x / 16;
-    uint32_t c[PQ_DECODE_Y_AHEAD];
-    load(c, row);
-    pq_cp_async_wait();
-    __syncthreads();
-#pragma unroll 1
-    for (; row < n_rows; row += step) {
-        uint32_t next[PQ_DECODE_Y_AHEAD];
-        load(next, row + step);
-#pragma unroll
-        for (int i = 0; i < PQ_DECODE_Y_AHEAD; i++) {
-            const uint4 y = pq_decode_lookup<TYPE, false>(table, c[i], j);
-            if (row + 16 * i < n_rows) {
-                *(uint4 *) (dst + (row + 16 * i) * s.p.x_row_stride) = y;
-            }
-            c[i] = next[i];
-        }
-    }
-}
-
 // What the codes of a lane's units are a multiple of, in bytes, where they are loaded together.
 template <int TYPE, int U>
 __host__ __device__ constexpr int pq_decode_codes_align() {

@@ -25,10 +25,7 @@ static decode_shape get_shape(int D, bool f16, uintptr_t codes) {
 }
 
 template <int TYPE>
-static decode_shape get_shape(int D, bool has_transform, bool in_code_space, bool f16, uintptr_t codes) {
-    if (in_code_space) {
-        return { codes % 2 == 0 ? pq_decode_y_kernel<TYPE, true> : pq_decode_y_kernel<TYPE, TYPE != PQ_TYPE_PQ3>, 1, D, 0, PQ_DECODE_Y_ROWS, PQ_DECODE_Y_BLOCKS };
-    }
+static decode_shape get_shape(int D, bool has_transform, bool f16, uintptr_t codes) {
     if (!has_transform) {
         return { pq_decode_plain_kernel<TYPE>, 1, D, 0, 1, 2 };
     }
@@ -38,7 +35,7 @@ static decode_shape get_shape(int D, bool has_transform, bool in_code_space, boo
 }
 
 static cudaError_t check(const pq_cuda_decode_side & s) {
-    if (!pq_head_size_ok(s.p.D) || s.p.type >= PQ_TYPE_COUNT || (s.row_source && !s.x_f16) || (s.in_code_space && (s.p.D != 128 || !s.x_f16 || s.row_source))) {
+    if (!pq_head_size_ok(s.p.D) || s.p.type >= PQ_TYPE_COUNT || (s.row_source && !s.x_f16)) {
         return cudaErrorInvalidValue;
     }
     // rows are stored in pieces of 16 bytes; the codes of 8 elements are one load, but for pq3, whose codes lie anywhere
@@ -54,7 +51,7 @@ cudaError_t pq_cuda_decode_rows(const pq_cuda_decode_side * sides, int n_sides, 
         return cudaErrorInvalidValue;
     }
     const pq_decode_params & p = sides[0].p;
-    if (n_sides == 2 && (p.type != sides[1].p.type || p.D != sides[1].p.D || p.has_transform != sides[1].p.has_transform || sides[0].in_code_space != sides[1].in_code_space)) {
+    if (n_sides == 2 && (p.type != sides[1].p.type || p.D != sides[1].p.D || p.has_transform != sides[1].p.has_transform)) {
         const cudaError_t err = pq_cuda_decode_rows(sides, 1, stream);
         return err != cudaSuccess ? err : pq_cuda_decode_rows(sides + 1, 1, stream);
     }
@@ -86,17 +83,13 @@ cudaError_t pq_cuda_decode_rows(const pq_cuda_decode_side * sides, int n_sides, 
     if (err != cudaSuccess) {
         return err;
     }
-    const bool in_code_space = sides[0].in_code_space;
     const decode_shape shape =
-        p.type == PQ_TYPE_PQ4 ? get_shape<PQ_TYPE_PQ4>(p.D, p.has_transform, in_code_space, f16, codes) :
-        p.type == PQ_TYPE_PQ3 ? get_shape<PQ_TYPE_PQ3>(p.D, p.has_transform, in_code_space, f16, codes) :
-                                get_shape<PQ_TYPE_PQ2>(p.D, p.has_transform, in_code_space, f16, codes);
+        p.type == PQ_TYPE_PQ4 ? get_shape<PQ_TYPE_PQ4>(p.D, p.has_transform, f16, codes) :
+        p.type == PQ_TYPE_PQ3 ? get_shape<PQ_TYPE_PQ3>(p.D, p.has_transform, f16, codes) :
+                                get_shape<PQ_TYPE_PQ2>(p.D, p.has_transform, f16, codes);
     const size_t table_bytes = (size_t) p.D * PQ_KSUB * sizeof(uint16_t);
     a.n_cols        = shape.n_cols;
     a.table_in_smem = shape.fixed_bytes + table_bytes <= device.smem_optin;
-    if (in_code_space && !a.table_in_smem) { // 64 KB: every device from 8.0 on has them
-        return cudaErrorInvalidConfiguration;
-    }
     const size_t smem_bytes = shape.fixed_bytes + (a.table_in_smem ? table_bytes : 0);
 
     // All blocks run at once: one more would start when the others have ended. 1024: what a block takes by itself.

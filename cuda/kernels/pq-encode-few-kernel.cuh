@@ -296,13 +296,13 @@ struct alignas(16) pq_encode_few_smem {
 };
 
 template <int TYPE>
-__device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, int64_t row0, pq_encode_few_smem & s) {
+__device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, int64_t row0, int max_rows, pq_encode_few_smem & s) {
     typedef pq_encode_geom<TYPE> G;
     const pq_encode_params & p = side.p;
     const int tid    = threadIdx.x;
     const int D      = p.D;
     const int n_cols = min(PQ_ENCODE_STRIP, D - col0);
-    const int n_rows = (int) min((int64_t) PQ_ENCODE_FEW_ROWS, p.n_rows - row0);
+    const int n_rows = (int) min((int64_t) max_rows, p.n_rows - row0);
     const pq_encode_share share = pq_encode_get_share<TYPE>(tid);
     const pq_encode_head h = pq_encode_get_head(side, head);
 

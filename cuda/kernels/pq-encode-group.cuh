@@ -29,17 +29,27 @@ struct alignas(16) pq_encode_group_smem {
     pq_encode_found found;
 };
 
+// The rows of a step, cut into units.
+struct pq_encode_units {
+    int32_t       n;            // units
+    int32_t       n_rows;       // of K, and of V
+    int32_t       rows;         // of a unit, at most PQ_ENCODE_FEW_ROWS
+    int32_t       n_head;       // of K, and of V
+    small_divisor by_two_heads; // by 2 n_head
+};
+
 // Units are counted strips first, then heads of K, heads of V, rows.
 struct pq_encode_unit {
-    int side, head, col0, row0;
+    int side, head, col0, row0, n_rows;
 
-    __device__ __forceinline__ pq_encode_unit(int unit, int n_head, const small_divisor & by_two_n_head) {
+    __device__ __forceinline__ pq_encode_unit(int unit, const pq_encode_units & all) {
         uint32_t rows = (uint32_t) unit / PQ_ENCODE_N_STRIPS;
-        const int h = by_two_n_head.split(rows);
+        const int h = all.by_two_heads.split(rows);
         col0 = unit % PQ_ENCODE_N_STRIPS * PQ_ENCODE_STRIP;
-        side = h >= n_head;
-        head = h - side * n_head;
-        row0 = (int) rows * PQ_ENCODE_FEW_ROWS;
+        side = h >= all.n_head;
+        head = h - side * all.n_head;
+        row0 = (int) rows * all.rows;
+        n_rows = min(all.rows, all.n_rows - row0);
     }
 };
 
@@ -74,9 +84,8 @@ __device__ __forceinline__ void pq_encode_ask_for_map(pq_encode_group_smem & s, 
 
 // Asks for the rows of a unit.
 __device__ __forceinline__ void pq_encode_ask_for_rows(pq_encode_group_smem & s, const pq_encode_side & side, const pq_encode_unit & u, int tid) {
-    const int n_rows = min(PQ_ENCODE_FEW_ROWS, (int) side.p.n_rows - u.row0);
 #pragma unroll 1
-    for (int r = tid / PQ_WARP; r < n_rows; r += PQ_ENCODE_FEW_THREADS / PQ_WARP) {
+    for (int r = tid / PQ_WARP; r < u.n_rows; r += PQ_ENCODE_FEW_THREADS / PQ_WARP) {
         pq_cp_async(&s.raw[r][4 * (tid % PQ_WARP)], (const float *) pq_encode_row(side.p, u.row0 + r, u.head) + 4 * (tid % PQ_WARP));
     }
 }
@@ -111,19 +120,19 @@ __device__ __forceinline__ void pq_encode_group_begin(const pq_encode_sides & si
     pq_encode_group_sync();
 }
 
-// Encodes units `unit`, unit + stride, ... below n_units, up to one of the other type, which is returned; n_units or more: there are none left.
+// Encodes units `unit`, unit + stride, ... below `end`, up to one of the other type, which is returned; `end` or more: there are none left.
 // rope: what is still to be done to rows of K; NULL: nothing
 template <int TYPE>
-__device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, int n_head, const small_divisor & by_two_n_head, int unit,
-                                               int n_units, int stride, pq_encode_group_smem & s) {
+__device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, const pq_encode_units & all, int unit, int end, int stride,
+                                               pq_encode_group_smem & s) {
     constexpr int N_CODES = pq_encode_geom<TYPE>::N_CODES; // 8 rows of them are no more than threads
     static_assert(PQ_ENCODE_FEW_ROWS * N_CODES <= PQ_ENCODE_FEW_THREADS, "a code per thread");
     const int tid = pq_encode_group_thread();
     const pq_encode_share share = pq_encode_get_share<TYPE>(tid);
-    auto at = [&](int unit) { return pq_encode_unit(unit, n_head, by_two_n_head); };
+    auto at = [&](int unit) { return pq_encode_unit(unit, all); };
     auto prefetch = [&](int unit) {
-        const pq_encode_unit u = at(min(unit, n_units - 1));
-        if (unit < n_units && (int) s.sides.side[u.side].p.type == TYPE) {
+        const pq_encode_unit u = at(min(unit, end - 1));
+        if (unit < end && (int) s.sides.side[u.side].p.type == TYPE) {
             pq_encode_prefetch(s.sides.side[u.side], u, tid);
         }
     };
@@ -146,7 +155,7 @@ __device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, int n_
     while (true) {
         const pq_encode_unit u = at(unit);
         const pq_encode_side & side = s.sides.side[u.side];
-        const int n_rows = min(PQ_ENCODE_FEW_ROWS, (int) side.p.n_rows - u.row0);
+        const int n_rows = u.n_rows;
         const int next = unit + stride;
         prefetch(unit + 2 * stride);
         const int     code_row = min(tid / N_CODES, n_rows - 1);
@@ -183,8 +192,8 @@ __device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, int n_
         }
         pq_copy_wait<0>();
         pq_encode_group_sync();
-        const pq_encode_unit then = at(min(next, n_units - 1));
-        const bool more = next < n_units && (int) s.sides.side[then.side].p.type == TYPE;
+        const pq_encode_unit then = at(min(next, end - 1));
+        const bool more = next < end && (int) s.sides.side[then.side].p.type == TYPE;
         if (more) {
             pq_encode_ask_for_rows(s, s.sides.side[then.side], then, tid);
             pq_encode_ask_for_map(s, s.sides.side[then.side], then, tid);

@@ -16,22 +16,22 @@ namespace {
 
 // ---- a few rows ----
 
-// grid: (heads of all sides, strips, rows / 8)
-__global__ void __launch_bounds__(PQ_ENCODE_FEW_THREADS) pq_encode_few_kernel(const __grid_constant__ pq_encode_sides sides) {
+// grid: (heads of all sides, strips, parts of the rows); max_rows: of a part, at most PQ_ENCODE_FEW_ROWS
+__global__ void __launch_bounds__(PQ_ENCODE_FEW_THREADS) pq_encode_few_kernel(const __grid_constant__ pq_encode_sides sides, int max_rows) {
     __shared__ __align__(16) pq_encode_few_smem smem;
     const int    n_head_0 = sides.side[0].p.n_head_kv;
     const bool   second   = (int) blockIdx.x >= n_head_0;
     const int    head     = blockIdx.x - (second ? n_head_0 : 0);
     const pq_encode_side & side = sides.side[second];
     const int     col0 = blockIdx.y * PQ_ENCODE_STRIP;
-    const int64_t row0 = (int64_t) blockIdx.z * PQ_ENCODE_FEW_ROWS;
+    const int64_t row0 = (int64_t) blockIdx.z * max_rows;
     if (col0 >= side.p.D || row0 >= side.p.n_rows) {
         return; // the other side has more
     }
     switch (side.p.type) {
-        case PQ_TYPE_PQ4: pq_encode_few<PQ_TYPE_PQ4>(side, head, col0, row0, smem); break;
-        case PQ_TYPE_PQ3: pq_encode_few<PQ_TYPE_PQ3>(side, head, col0, row0, smem); break;
-        case PQ_TYPE_PQ2: pq_encode_few<PQ_TYPE_PQ2>(side, head, col0, row0, smem); break;
+        case PQ_TYPE_PQ4: pq_encode_few<PQ_TYPE_PQ4>(side, head, col0, row0, max_rows, smem); break;
+        case PQ_TYPE_PQ3: pq_encode_few<PQ_TYPE_PQ3>(side, head, col0, row0, max_rows, smem); break;
+        case PQ_TYPE_PQ2: pq_encode_few<PQ_TYPE_PQ2>(side, head, col0, row0, max_rows, smem); break;
         default: break;
     }
 }
@@ -717,7 +717,8 @@ __device__ __noinline__ void pq_encode_tile_judge(bool second, int n_rows, int n
     }
 }
 
-// grid: (heads of all sides, strips, parts of the rows). Dynamic shared memory: pq_encode_tile_smem
+// grid: (strips, parts of the rows, heads of all sides). Heads of K come first: then most multiprocessors have one block of either side, and when that of V, which
+// searches once, has ended, the kernel behind in the stream can begin there. Dynamic shared memory: pq_encode_tile_smem
 template <int TYPE, int D_STEPS>
 __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(const __grid_constant__ pq_encode_sides sides) {
     typedef pq_encode_geom<TYPE> G;
@@ -726,13 +727,13 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
     pq_encode_tile_smem<D_STEPS> & s = *(pq_encode_tile_smem<D_STEPS> *) pq_encode_smem;
 
     const int    n_head_0 = sides.side[0].p.n_head_kv;
-    const bool   second   = (int) blockIdx.x >= n_head_0;
-    const int    head     = blockIdx.x - (second ? n_head_0 : 0);
+    const bool   second   = (int) blockIdx.z >= n_head_0;
+    const int    head     = blockIdx.z - (second ? n_head_0 : 0);
     const pq_encode_side   & side = sides.side[second];
     const pq_encode_params & p    = side.p;
-    const int64_t step   = (int64_t) gridDim.z * s.ROWS;
-    const int     col0   = blockIdx.y * PQ_ENCODE_STRIP;
-    int64_t       row0   = (int64_t) blockIdx.z * s.ROWS;
+    const int64_t step   = (int64_t) gridDim.y * s.ROWS;
+    const int     col0   = blockIdx.x * PQ_ENCODE_STRIP;
+    int64_t       row0   = (int64_t) blockIdx.y * s.ROWS;
     if (col0 >= p.D || row0 >= p.n_rows) {
         return; // the other side has more
     }

@@ -13,7 +13,7 @@ static cudaError_t launch_tile(const pq_encode_sides & sides, int n_heads, int n
     // loads its part of the codebook once.
     const int64_t n_tiles = (n_rows + smem::ROWS - 1) / smem::ROWS;
     const int64_t n_parts = std::min<int64_t>(n_tiles, std::max(1, 2 * n_sm / (n_heads * n_strips)));
-    const dim3 grid(n_heads, n_strips, (unsigned) n_parts);
+    const dim3 grid(n_strips, (unsigned) n_parts, n_heads);
     switch (sides.side[0].p.type) {
         case PQ_TYPE_PQ4: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ4, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides);
         case PQ_TYPE_PQ3: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ3, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides);
@@ -52,14 +52,6 @@ cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStr
     for (int i = 0; i < n_sides; i++) {
         tile = tile && wide_ok(params[i]);
     }
-    if (!tile) {
-        const dim3 grid(n_heads, n_strips, (unsigned) ((n_rows + PQ_ENCODE_FEW_ROWS - 1) / PQ_ENCODE_FEW_ROWS));
-        return pq_launch(pq_encode_few_kernel, grid, PQ_ENCODE_FEW_THREADS, 0, stream, sides);
-    }
-    if (n_sides == 2 && params[0].type != params[1].type) { // the tile kernel is compiled per type, to keep its registers few
-        const cudaError_t err = pq_cuda_encode(params, 1, stream);
-        return err != cudaSuccess ? err : pq_cuda_encode(params + 1, 1, stream);
-    }
     int device = 0, n_sm = 0;
     cudaError_t err = cudaGetDevice(&device);
     if (err == cudaSuccess) {
@@ -67,6 +59,16 @@ cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStr
     }
     if (err != cudaSuccess) {
         return err;
+    }
+    if (!tile) { // rows of a block are searched for one after the other: no more of them than it takes for two blocks on every multiprocessor
+        const int64_t n_parts  = std::max<int64_t>(1, 2 * n_sm / (n_heads * n_strips));
+        const int64_t max_rows = std::min<int64_t>((n_rows + n_parts - 1) / n_parts, PQ_ENCODE_FEW_ROWS);
+        const dim3 grid(n_heads, n_strips, (unsigned) ((n_rows + max_rows - 1) / max_rows));
+        return pq_launch(pq_encode_few_kernel, grid, PQ_ENCODE_FEW_THREADS, 0, stream, sides, (int) max_rows);
+    }
+    if (n_sides == 2 && params[0].type != params[1].type) { // the tile kernel is compiled per type, to keep its registers few
+        err = pq_cuda_encode(params, 1, stream);
+        return err != cudaSuccess ? err : pq_cuda_encode(params + 1, 1, stream);
     }
     return max_D <= 64  ? launch_tile<4> (sides, n_heads, n_strips, n_rows, n_sm, stream) :
            max_D <= 128 ? launch_tile<8> (sides, n_heads, n_strips, n_rows, n_sm, stream) :

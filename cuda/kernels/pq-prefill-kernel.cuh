@@ -7,13 +7,18 @@
 // are mapped forth, (x - mu) T, and take the places of their cells. The mask takes the tail's columns there while attention runs, and has its own back
 // afterwards: a merged copy of it would be as large as the whole mask.
 //
+// The rows that a prefill encodes are in the tail, so nothing here reads their codes. An encoder ahead in the stream may still run: its blocks for V end long
+// before those for K, which search twice, and what runs here runs beside them.
+//
 // Rows y lie in f16 and a flash attention may add them up in it, as it does with rows x: their mean, which mu takes out, is what grows with the context.
 //
 // A block maps 128 rows of a head, a warp 16 of them with tensor-core products. Rows are split into two halves each, so that products are as good as those of
 // floats. D = 128.
 #pragma once
 
+#include "pq-cuda-common.cuh"
 #include "pq-cuda.h"
+#include "pq-decode-kernel.cuh" // units of codes, and their centroids
 #include "pq-launch.cuh"
 #include "pq-mma.cuh"
 
@@ -41,14 +46,16 @@ struct pq_prefill_args {
 
 // Rows of a warp, times a map of a head: its rows are what an element of the input adds to the result, or, BY_ROW, each makes one element of it.
 // from(row): a row of the block, or any other that can be read where there is none; load(it, col): its elements col, col + 1.
-// to(row): where the result goes, or NULL; store(it, col, value).
+// to(row): where the result goes, or NULL; store(it, col, value). settled: nothing of this waits for the kernel ahead
 template <bool BY_ROW, class FROM, class LOAD, class TO, class STORE>
-__device__ __forceinline__ void pq_prefill_map(pq_prefill_smem & m, const __half * map, FROM from, LOAD load, TO to, STORE store) {
+__device__ __forceinline__ void pq_prefill_map(bool settled, pq_prefill_smem & m, const __half * map, FROM from, LOAD load, TO to, STORE store) {
     constexpr int KS = PQ_PREFILL_D / 16;
     for (int i = threadIdx.x; i < PQ_PREFILL_D * PQ_PREFILL_D / 8; i += PQ_PREFILL_THREADS) {
         pq_cp_async(&m[i / (PQ_PREFILL_D / 8)][i % (PQ_PREFILL_D / 8) * 8], map + i * 8);
     }
-    pq_pdl_wait(); // codebooks do not depend on the kernels ahead
+    if (!settled) {
+        pq_pdl_wait(); // codebooks never depend on the kernels ahead
+    }
     pq_pdl_launch_next();
 
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -97,6 +104,9 @@ __device__ __forceinline__ void pq_prefill_map(pq_prefill_smem & m, const __half
             }
         }
     }
+    if (settled) {
+        pq_pdl_wait(); // who waits for this kernel waits for those ahead of it, too
+    }
 }
 
 // The query rows of a block: of one KV head, tokens first.
@@ -110,8 +120,12 @@ struct pq_prefill_queries {
     __device__ __forceinline__ int head(int row)  const { return head_kv * n_group + (row0 + min(row, n - 1)) % n_group; }
 };
 
+__device__ __forceinline__ int32_t pq_prefill_cell(const uint16_t * low, const uint16_t * high, int64_t slot) {
+    return (int32_t) ((uint32_t) low[slot] | (uint32_t) high[slot] << 16);
+}
+
 __device__ __forceinline__ int64_t pq_prefill_cell(const pq_cuda_prefill_step & s, int64_t slot) {
-    const int32_t cell = (int32_t) ((uint32_t) s.cell_low[slot] | (uint32_t) s.cell_high[slot] << 16);
+    const int32_t cell = pq_prefill_cell(s.cell_low, s.cell_high, slot);
     return cell < s.p.n_kv ? cell : -1; // -1: the slot is not in use
 }
 
@@ -121,7 +135,9 @@ __device__ __forceinline__ void pq_prefill_mask(const pq_cuda_prefill_step & s, 
     const int64_t n_slot_blocks = (s.p.tail.n + PQ_PREFILL_THREADS - 1) / PQ_PREFILL_THREADS;
     const int64_t slot   = block % n_slot_blocks * PQ_PREFILL_THREADS + threadIdx.x;
     const int64_t token0 = block / n_slot_blocks * PQ_PREFILL_TOKENS;
-    pq_pdl_wait();
+    if (!BEFORE || !s.after_encode) {
+        pq_pdl_wait();
+    }
     pq_pdl_launch_next();
     const int64_t cell = slot < s.p.tail.n ? pq_prefill_cell(s, slot) : -1;
     if (cell < 0) {
@@ -149,6 +165,8 @@ __device__ __forceinline__ void pq_prefill_mask(const pq_cuda_prefill_step & s, 
     }
 }
 
+// ---- all that is mapped, and the mask ----
+
 // Queries, then rows of the tail of K and of V, then the mask.
 // grid: n_head_kv * n_row_blocks + 2 * n_head_kv * n_slot_blocks + blocks of the mask
 __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(const __grid_constant__ pq_prefill_args a) {
@@ -157,7 +175,7 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(co
     int block = blockIdx.x;
     if (block < p.n_head_kv * a.n_row_blocks) {
         const pq_prefill_queries rows(a, block);
-        pq_prefill_map<true>(smem, (const __half *) (p.k.codebook + rows.head_kv * a.k.head_bytes + a.k.T_inv),
+        pq_prefill_map<true>(a.s.after_encode, smem, (const __half *) (p.k.codebook + rows.head_kv * a.k.head_bytes + a.k.T_inv),
             [&](int row) { return (const float *) (p.q + rows.token(row) * p.q_token_stride + rows.head(row) * p.q_head_stride); },
             [&](const float * q, int col) { return *(const float2 *) (q + col); },
             [&](int row) { return row < rows.n ? a.s.q_mapped + ((int64_t) rows.token(row) * p.n_head + rows.head(row)) * PQ_PREFILL_D : nullptr; },
@@ -174,7 +192,7 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(co
         const uint8_t * tail = is_v ? p.tail.v + head_kv * p.tail.v_head_stride : p.tail.k + head_kv * p.tail.k_head_stride;
         const size_t    tail_row_stride = is_v ? p.tail.v_row_stride : p.tail.k_row_stride;
         __half        * rows = (__half *) (is_v ? a.s.v_rows : a.s.k_rows) + head_kv * p.n_kv * PQ_PREFILL_D;
-        pq_prefill_map<false>(smem, (const __half *) (codebook + (is_v ? a.v.T : a.k.T)),
+        pq_prefill_map<false>(false, smem, (const __half *) (codebook + (is_v ? a.v.T : a.k.T)),
             [&](int row) { return (const __half *) (tail + min((int64_t) slot0 + row, p.tail.n - 1) * tail_row_stride); },
             [&](const __half * x, int col) {
                 const float2 f = __half22float2(*(const __half2 *) (x + col)), m = __ldg((const float2 *) (mu + col));
@@ -192,6 +210,130 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(co
     pq_prefill_mask<true>(a.s, block - 2 * p.n_head_kv * a.n_slot_blocks);
 }
 
+// ---- all other rows of K and V ----
+
+// Lookups alone, as fast as memory takes them. 16 threads share a row, so that a warp stores whole lines; the codes of the next rows are on their way while
+// these are looked up.
+constexpr int PQ_ROWS_AHEAD     = 4;    // rows of a thread
+constexpr int PQ_ROWS_TURNS     = 3;    // tiles of a block whose codes are on their way: reads wait long behind so many writes
+constexpr int PQ_ROWS_TILE      = PQ_ROWS_AHEAD * PQ_PREFILL_THREADS / 16;
+constexpr int PQ_ROWS_BLOCKS    = 3;    // of a multiprocessor: the tables leave room for no more
+constexpr int PQ_ROWS_TILE_BITS = 1024; // a bit for every tile, or for several. Three blocks must fit into 196 KB, or a device makes room for two
+constexpr int PQ_ROWS_TABLE     = PQ_PREFILL_D * PQ_KSUB * (int) sizeof(__half);
+
+struct pq_prefill_rows_side {
+    const uint8_t * codes;
+    const uint8_t * codebook;
+    uint16_t      * rows;
+    size_t          codes_row_stride, codes_head_stride;
+    size_t          head_bytes, centroids; // of the codebook
+};
+
+struct pq_prefill_rows_args {
+    pq_prefill_rows_side side[2]; // K and V, or only the first
+    const uint16_t     * cell_low, * cell_high;
+    int64_t              n_slots;
+    int32_t              n_rows, n_head_kv, after_encode;
+};
+
+// grid: (blocks that share a head, heads of all sides). Dynamic shared memory: the table, f16 [M][PQ_KSUB][DSUB]
+template <int TYPE, bool ALIGNED /* codes, at a multiple of 2 bytes */>
+__global__ void __launch_bounds__(PQ_PREFILL_THREADS, PQ_ROWS_BLOCKS) pq_prefill_rows_kernel(const __grid_constant__ pq_prefill_rows_args a) {
+    extern __shared__ __align__(16) uint8_t pq_prefill_table[];
+    __shared__ uint32_t tiles_of_tail[PQ_ROWS_TILE_BITS / 32]; // tile i has rows of the tail: bit i modulo their number
+    __shared__ uint32_t rows_of_tail[PQ_ROWS_TILE / 32];       // of this tile
+    const int  tid    = threadIdx.x;
+    const bool second = (int) blockIdx.y >= a.n_head_kv;
+    const int  head   = blockIdx.y - (second ? a.n_head_kv : 0);
+    const pq_prefill_rows_side & s = a.side[second];
+    {
+        const uint4 * centroids = (const uint4 *) (s.codebook + head * s.head_bytes + s.centroids);
+        for (int i = tid; i < PQ_ROWS_TABLE / 16; i += PQ_PREFILL_THREADS) {
+            pq_cp_async(pq_prefill_table + 16 * i, centroids + i);
+        }
+    }
+    for (int i = tid; i < PQ_ROWS_TILE_BITS / 32; i += PQ_PREFILL_THREADS) {
+        tiles_of_tail[i] = 0;
+    }
+    if (!a.after_encode) {
+        pq_pdl_wait();
+    }
+    pq_pdl_launch_next();
+
+    const int j = tid % 16, n_rows = a.n_rows, step = gridDim.x * PQ_ROWS_TILE;
+    const uint8_t * codes = s.codes + head * s.codes_head_stride;
+    uint8_t       * dst   = (uint8_t *) (s.rows + (int64_t) head * n_rows * PQ_PREFILL_D) + j * 16;
+    auto load = [&](uint32_t (&c)[PQ_ROWS_AHEAD], int row) {
+#pragma unroll
+        for (int i = 0; i < PQ_ROWS_AHEAD; i++) {
+            c[i] = pq_decode_load_unit<TYPE, ALIGNED>(codes + (int64_t) min(row + 16 * i, n_rows - 1) * s.codes_row_stride, j, PQ_PREFILL_D);
+        }
+    };
+    auto each_cell_of_tail = [&](auto f) {
+        for (int64_t slot = tid; slot < a.n_slots; slot += PQ_PREFILL_THREADS) {
+            const int32_t cell = pq_prefill_cell(a.cell_low, a.cell_high, slot);
+            if (cell >= 0) {
+                f((uint32_t) cell);
+            }
+        }
+    };
+    int row0 = blockIdx.x * PQ_ROWS_TILE;
+    uint32_t c[PQ_ROWS_TURNS][PQ_ROWS_AHEAD]; // of this turn, and of those to come
+#pragma unroll
+    for (int turn = 0; turn < PQ_ROWS_TURNS; turn++) {
+        load(c[turn], row0 + turn * step + tid / 16);
+    }
+    __syncthreads();
+    each_cell_of_tail([&](uint32_t cell) {
+        const uint32_t i = cell / PQ_ROWS_TILE % PQ_ROWS_TILE_BITS;
+        atomicOr(&tiles_of_tail[i / 32], 1u << i % 32);
+    });
+    pq_cp_async_wait();
+    __syncthreads();
+#pragma unroll 1
+    for (; row0 < n_rows; row0 += step) {
+        const int row = row0 + tid / 16;
+        uint32_t c_then[PQ_ROWS_AHEAD];
+        load(c_then, row + PQ_ROWS_TURNS * step);
+        uint32_t skip = 0; // bit i: row + 16 * i is of the tail
+        const uint32_t bit = row0 / PQ_ROWS_TILE % PQ_ROWS_TILE_BITS;
+        if (tiles_of_tail[bit / 32] >> bit % 32 & 1) {
+            __syncthreads(); // another tile's have been read
+            if (tid < PQ_ROWS_TILE / 32) {
+                rows_of_tail[tid] = 0;
+            }
+            __syncthreads();
+            each_cell_of_tail([&](uint32_t cell) {
+                if (cell / PQ_ROWS_TILE == (uint32_t) row0 / PQ_ROWS_TILE) {
+                    atomicOr(&rows_of_tail[cell % PQ_ROWS_TILE / 32], 1u << cell % 32);
+                }
+            });
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < PQ_ROWS_AHEAD; i++) {
+                skip |= (rows_of_tail[i / 2] >> (tid / 16 + 16 * (i % 2)) & 1) << i;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < PQ_ROWS_AHEAD; i++) {
+            const uint4 y = pq_decode_lookup<TYPE, false>((const __half *) pq_prefill_table, c[0][i], j);
+            if (row + 16 * i < n_rows && !(skip >> i & 1)) {
+                __stcs((uint4 *) (dst + (int64_t) (row + 16 * i) * (PQ_PREFILL_D * sizeof(__half))), y); // of a long context L2 holds no row until it is read
+            }
+#pragma unroll
+            for (int turn = 1; turn < PQ_ROWS_TURNS; turn++) {
+                c[turn - 1][i] = c[turn][i];
+            }
+            c[PQ_ROWS_TURNS - 1][i] = c_then[i];
+        }
+    }
+    if (a.after_encode) {
+        pq_pdl_wait(); // who waits for this kernel waits for those ahead of it, too
+    }
+}
+
+// ---- afterwards ----
+
 // The result in place, then the mask.
 // grid: n_head_kv * n_row_blocks + blocks of the mask
 __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_end_kernel(const __grid_constant__ pq_prefill_args a) {
@@ -206,7 +348,7 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_end_kernel(cons
     const uint8_t * codebook = p.v.codebook + rows.head_kv * a.v.head_bytes;
     const float   * mu       = (const float *) (codebook + a.v.mu);
     auto at = [&](int row) { return (float *) ((uint8_t *) p.dst + rows.token(row) * p.dst_token_stride + rows.head(row) * p.dst_head_stride); };
-    pq_prefill_map<false>(smem, (const __half *) (codebook + a.v.T_inv),
+    pq_prefill_map<false>(false, smem, (const __half *) (codebook + a.v.T_inv),
         at,
         [&](const float * x, int col) { return *(const float2 *) (x + col); },
         [&](int row) { return row < rows.n ? at(row) : nullptr; },

@@ -1,6 +1,8 @@
 #include "pq-cuda.h"
 #include "pq-prefill-kernel.cuh"
 
+#include <algorithm>
+
 const char * pq_cuda_prefill_unsupported(const pq_attn_params & p) {
     if (p.k.D != PQ_PREFILL_D || p.v.D != PQ_PREFILL_D) {
         return "the maps are for D = 128";
@@ -39,10 +41,66 @@ static int64_t n_mask_blocks(const pq_attn_params & p) {
     return (p.tail.n + PQ_PREFILL_THREADS - 1) / PQ_PREFILL_THREADS * ((p.n_q + PQ_PREFILL_TOKENS - 1) / PQ_PREFILL_TOKENS);
 }
 
+// ---- rows ----
+
+typedef void (*rows_kernel_t)(pq_prefill_rows_args);
+
+template <int TYPE>
+static rows_kernel_t get_rows_kernel(bool aligned) {
+    return aligned ? pq_prefill_rows_kernel<TYPE, true> : pq_prefill_rows_kernel<TYPE, TYPE != PQ_TYPE_PQ3>;
+}
+
+// Sides of the same type in one launch
+static cudaError_t look_up_rows(const pq_cuda_prefill_step & s, int first, int n_sides, const pq_cuda_device_props & device, cudaStream_t stream) {
+    const pq_attn_params & p = s.p;
+    pq_prefill_rows_args a = {};
+    uintptr_t codes = 0;
+    for (int i = 0; i < n_sides; i++) {
+        const pq_attn_side     & from = first + i == 0 ? p.k : p.v;
+        const pq_codebook_layout l    = pq_get_codebook_layout(from.D, from.has_transform);
+        a.side[i] = { from.data, from.codebook, first + i == 0 ? s.k_rows : s.v_rows, from.row_stride, from.head_stride, l.head_bytes, l.centroids };
+        codes |= (uintptr_t) from.data | from.row_stride | from.head_stride;
+    }
+    a.cell_low     = s.cell_low;
+    a.cell_high    = s.cell_high;
+    a.n_slots      = p.tail.n;
+    a.n_rows       = (int32_t) p.n_kv;
+    a.n_head_kv    = p.n_head_kv;
+    a.after_encode = s.after_encode && p.tail.n > 0; // or the new codes are read
+    const int type = first == 0 ? p.k.type : p.v.type;
+    if (type == PQ_TYPE_PQ4 && codes % 4 != 0) {
+        return cudaErrorMisalignedAddress;
+    }
+    // All blocks run at once: one more would start when the others have ended.
+    const int n_tiles = (a.n_rows + PQ_ROWS_TILE - 1) / PQ_ROWS_TILE;
+    const int n_heads = n_sides * p.n_head_kv;
+    const dim3 grid((unsigned) std::min(n_tiles, std::max(1, PQ_ROWS_BLOCKS * device.n_sm / n_heads)), (unsigned) n_heads);
+    const rows_kernel_t kernel = type == PQ_TYPE_PQ4 ? get_rows_kernel<PQ_TYPE_PQ4>(true) :
+                                 type == PQ_TYPE_PQ3 ? get_rows_kernel<PQ_TYPE_PQ3>(codes % 2 == 0) :
+                                                       get_rows_kernel<PQ_TYPE_PQ2>(true);
+    return pq_launch(kernel, grid, PQ_PREFILL_THREADS, PQ_ROWS_TABLE, stream, a);
+}
+
 cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, cudaStream_t stream) {
+    if (s.p.n_kv < 1 || s.p.n_kv > INT32_MAX / 2) {
+        return cudaErrorInvalidValue;
+    }
+    pq_cuda_device_props device;
+    cudaError_t err = pq_cuda_get_device_props(&device);
+    if (err != cudaSuccess) {
+        return err;
+    }
     const pq_prefill_args a = get_args(s);
     const int64_t n_blocks = s.p.n_head_kv * (a.n_row_blocks + 2 * a.n_slot_blocks) + n_mask_blocks(s.p);
-    return pq_launch(pq_prefill_begin_kernel, dim3((unsigned) n_blocks), PQ_PREFILL_THREADS, 0, stream, a);
+    err = pq_launch(pq_prefill_begin_kernel, dim3((unsigned) n_blocks), PQ_PREFILL_THREADS, 0, stream, a);
+    if (err == cudaSuccess) {
+        const int n_sides = s.p.k.type == s.p.v.type ? 2 : 1;
+        err = look_up_rows(s, 0, n_sides, device, stream);
+        if (err == cudaSuccess && n_sides == 1) {
+            err = look_up_rows(s, 1, 1, device, stream);
+        }
+    }
+    return err;
 }
 
 cudaError_t pq_cuda_prefill_end(const pq_cuda_prefill_step & s, cudaStream_t stream) {

@@ -5,7 +5,7 @@
 //   pq-cuda-test quick [step]       a few of each kernel, for compute-sanitizer, or steps alone
 //   pq-cuda-test step               the latter alone
 //   pq-cuda-test plan               the launch plan alone; needs no GPU
-//   pq-cuda-test bench [7b|8b [depth [type]]]
+//   pq-cuda-test bench [7b|8b [depth [type [query tokens [sequences]]]]]
 //                                   times: median of graph replays over more layers than the L2 cache holds; bytes of codes per second
 //                                   and the fraction of the copy bandwidth measured in the same run. "After a product": as in a model, where a step
 //                                   finds its code and tables in memory and all multiprocessors busy; from step to step it begins early
@@ -758,6 +758,7 @@ static void test_step(const pq_cuda_device_props & props) {
         }
     }
     run_step({ P4, P4, 64, 64, 1, 1, 40000, 640, 0, true, ROPE_NONE }, props); // more blocks than multiprocessors
+    run_step({ P4, P4, 32, 32, 1, 1, 33024, 640, 0, true, ROPE_NONE }, props); // the last part is longer than the others
     run_step({ P4, P4, 64, 64, 1, 1, 40000, 640, 0, true, ROPE_PAIRS }, props);
     for (const auto & t : { std::pair<pq_type, pq_type>(P4, P4), { P4, P3 }, { P3, P2 } }) { // blocks without attention encode all, unit after unit
         for (int n_q : { 1, 8 }) {
@@ -840,6 +841,9 @@ static void test(const pq_cuda_device_props & props, int only_D) {
             with([&](attn_case & c) { c.n_sm = n_sm; c.n_kv = n_kv; c.n_head = 16; c.kt = P3; c.mask = MASK_SPARSE; });
         }
     }
+    for (int group : { 1, 4, 8 }) { // the last part is longer than the others
+        with([&](attn_case & c) { c.n_head = group; c.n_head_kv = 1; c.n_kv = 8500; c.n_sm = 2; });
+    }
     for (pq_type kt : { P4, P3, P2 }) { // devices with little shared memory take two phases, in several rounds
         for (int D : { 96, 128, 192, 256 }) {
             for (int group : { 1, 4, 8 }) {
@@ -887,7 +891,7 @@ static void test_plan() {
         for (int n_head_kv : { 1, 2, 5, 8, 32, 40, 64 }) {
             for (int group : { 1, 4, 5, 8, 16 }) {
                 for (int n_q : { 1, 2, 8 }) {
-                    for (int64_t n_kv : { 0, 1, 255, 256, 4096, 32768, 131072, 1048576 }) {
+                    for (int64_t n_kv : { 0, 1, 255, 256, 4096, 32768, 33024, 131072, 1048576 }) {
                         for (int t = 0; t < 4; t++) {
                             for (int n_tail : { 0, 640, 2176 }) {
                                 pq_attn_params p = {};
@@ -902,7 +906,8 @@ static void test_plan() {
                                 snprintf(name, sizeof(name), "D %d heads %d x %d n_q %d n_kv %lld type %d tail %d", D, n_head_kv, group, n_q, (long long) n_kv, t, n_tail);
                                 check(plan.smem_bytes <= h200.smem_optin, "%s: %zu bytes of shared memory", name, plan.smem_bytes);
                                 check(plan.rows_per_block * plan.n_row_groups >= group * n_q, "%s: rows left over", name);
-                                check(plan.n_split * plan.cells_per_split >= n_kv && (plan.n_split - 1) * plan.cells_per_split < std::max<int64_t>(n_kv, 1), "%s: split %d x %lld",
+                                const int64_t round = plan.kernel == PQ_CUDA_ATTN_128 ? plan.n_threads : 0; // that the last part may have beyond the others
+                                check(plan.n_split * plan.cells_per_split + round >= n_kv && (plan.n_split - 1) * plan.cells_per_split < std::max<int64_t>(n_kv, 1), "%s: split %d x %lld",
                                       name, plan.n_split, (long long) plan.cells_per_split);
                                 check(plan.n_split * plan.slots_per_split >= n_tail, "%s: slots left over", name);
                                 check(plan.n_blocks == n_head_kv * plan.n_row_groups * plan.n_split, "%s: %d blocks", name, plan.n_blocks);
@@ -938,6 +943,22 @@ static void test_plan() {
     check((h200.n_sm - step.n_blocks) * (step.n_threads / 128) >= 2 * 8 * 4, "Llama-3.1-8B geometry at 4096: %d blocks leave too little for 64 strips", step.n_blocks);
     p.n_kv = 131072;
     check(pq_cuda_attn_make_plan(p, h200).n_split == 16, "Llama-3.1-8B geometry at 131072, with a tail: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
+    // Eight sequences: the few multiprocessors without attention can't encode eight rows of every strip, so units are small enough for those with it to help.
+    p.n_stream = 8;
+    p.n_kv = 8448;
+    const pq_cuda_attn_plan batch = pq_cuda_attn_make_plan(p, h200);
+    check(batch.n_split == 2 && batch.encode_rows <= 2, "Llama-3.1-8B geometry, 8 sequences of 8448: split %d, %d rows encoded at a time", batch.n_split, batch.encode_rows);
+    p.n_stream = 1;
+    p.n_kv = 4096;
+    check(pq_cuda_attn_make_plan(p, h200).encode_rows == 1, "one row, %d encoded at a time", pq_cuda_attn_make_plan(p, h200).encode_rows);
+    // a few cells more than whole rounds of 16 warps are of the last part, and not a round more for all of them
+    for (const int n_head_kv : { 8, 32 }) {
+        p.n_head_kv = n_head_kv;
+        p.n_kv = 32768 + 256;
+        const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(p, h200);
+        check(plan.n_split * plan.cells_per_split == 32768, "%d heads at 33024: split %d x %lld", n_head_kv, plan.n_split, (long long) plan.cells_per_split);
+    }
+    p.n_head_kv = 8;
     p.tail.n = 0;
     p.n_kv = 32768;
     const pq_cuda_device_props turing = { 75, 68, 65536 };
@@ -1283,7 +1304,7 @@ int main(int argc, char ** argv) {
                     if (argc > 4 && parse_type(argv[4]) != t) {
                         continue;
                     }
-                    bench_one(mha, depth, t, t, 1, 1, props, copy);
+                    bench_one(mha, depth, t, t, argc > 5 ? atoi(argv[5]) : 1, argc > 6 ? atoi(argv[6]) : 1, props, copy);
                 }
             }
             if (argc == 2) {
@@ -1296,6 +1317,6 @@ int main(int argc, char ** argv) {
         }
         return 0;
     }
-    printf("usage: pq-cuda-test [test [D] | quick [step] | step | plan | bench [7b|8b [depth [type]]] | once 7b|8b depth type]\n");
+    printf("usage: pq-cuda-test [test [D] | quick [step] | step | plan | bench [7b|8b [depth [type [query tokens [sequences]]]]] | once 7b|8b depth type]\n");
     return 2;
 }

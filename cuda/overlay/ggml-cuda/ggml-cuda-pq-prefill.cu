@@ -259,7 +259,7 @@ static bool pays_in_code_space(const pq_attn_params & p) {
     return mask_fits && p.n_kv * p.n_head_kv > 4 * (p.n_q * p.n_head + p.tail.n * p.n_head_kv) + 50000 && !pq_cuda_prefill_unsupported(p);
 }
 
-static void prefill_in_code_space(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p) {
+static void prefill_in_code_space(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, bool after_encode) {
     ggml_cuda_pool_alloc<half>     k_rows(ctx.pool(), p.n_kv * p.k.D * p.n_head_kv);
     ggml_cuda_pool_alloc<half>     v_rows(ctx.pool(), p.n_kv * p.v.D * p.n_head_kv);
     ggml_cuda_pool_alloc<float>    q_mapped(ctx.pool(), p.n_q * p.k.D * p.n_head);
@@ -294,10 +294,8 @@ static void prefill_in_code_space(ggml_backend_cuda_context & ctx, const ggml_te
         step.k_rows    = (uint16_t *) k_rows.get();
         step.v_rows    = (uint16_t *) v_rows.get();
         step.mask_kept = mask_kept.get();
+        step.after_encode = after_encode && s == 0;
 
-        pq_cuda_decode_side sides[2] = { coded_side(p, p.k, s, ops[0]), coded_side(p, p.v, s, ops[1]) };
-        sides[0].in_code_space = sides[1].in_code_space = 1;
-        CUDA_CHECK(pq_cuda_decode_rows(sides, 2, stream));
         CUDA_CHECK(pq_cuda_prefill_begin(step, stream));
         ops[2].data  = step.mask;
         ops[2].nb[1] = p.mask_token_stride;
@@ -316,9 +314,9 @@ static bool mask_as_it_is(const pq_attn_params & p) {
         (p.mask_token_stride | p.mask_stream_stride | (uintptr_t) p.mask) % 16 == 0;
 }
 
-void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, bool settled) {
+void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, bool settled, bool after_encode) {
     if (pays_in_code_space(p)) {
-        prefill_in_code_space(ctx, op, p);
+        prefill_in_code_space(ctx, op, p, settled && after_encode);
         return;
     }
     const int64_t n_cols = get_n_cols(p);

@@ -11,6 +11,7 @@
 #include <set>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 static pq_cuda_device_props device_props(int device) {
@@ -205,6 +206,14 @@ static bool masks_settled(const ggml_tensor * op) {
     return is_input(op->src[3]) && (!tail_mask || is_input(tail_mask));
 }
 
+// The attention that follows a launch which encodes its rows of K and V, and all of them to the exact tail, if it reads one
+static const ggml_tensor *& attention_after_encode(const ggml_backend_cuda_context & ctx) {
+    static std::mutex mutex;
+    static std::map<const ggml_backend_cuda_context *, const ggml_tensor *> ops;
+    const std::lock_guard<std::mutex> lock(mutex);
+    return ops[&ctx];
+}
+
 // The result of a step that was also made in q8_1
 struct q8_1_result {
     const ggml_tensor * op   = nullptr;
@@ -226,6 +235,7 @@ bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor *
         return false;
     }
     ggml_cuda_set_device(ctx.device);
+    const bool after_encode = std::exchange(attention_after_encode(ctx), nullptr) == op;
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
         last_q8_1(ctx) = {};
         pq_attn_params p;
@@ -233,7 +243,7 @@ bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor *
         GGML_ASSERT(!why);
         switch (choose_attn_path(ctx.device, op, p, &why)) {
             case ATTN_CODED: attn_coded(ctx, p);   break;
-            case ATTN_F16:   ggml_cuda_pq_prefill(ctx, op, p, masks_settled(op)); break;
+            case ATTN_F16:   ggml_cuda_pq_prefill(ctx, op, p, masks_settled(op), after_encode); break;
             case ATTN_NONE:  GGML_ABORT("FLASH_ATTN_EXT on PQ cache codes: %s", why);
         }
         return true;
@@ -499,6 +509,20 @@ void ggml_cuda_pq_add_alloc_deps(ggml_cgraph * cgraph, ggml_backend_graph_optimi
     }
 }
 
+// Whether op attends to what the writes of K and V write to, and finds all of their rows in the exact tail, if it reads one.
+static bool is_attention_to(const ggml_tensor * op, const ggml_tensor * k, const ggml_tensor * v) {
+    if (op->op != GGML_OP_FLASH_ATTN_EXT || op->src[1]->view_src != k->view_src || op->src[2]->view_src != v->view_src || !k->view_src) {
+        return false;
+    }
+    const bool has_tail = op->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK] != nullptr;
+    for (const ggml_tensor * write : { k, v }) { // rows that are written to a tail have a slot each (llama_million_tail::assign)
+        if (has_tail && !write->src[GGML_PQ_SRC_SET_ROWS_TAIL_IDX]) {
+            return false;
+        }
+    }
+    return true;
+}
+
 int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i) {
     const ggml_tensor * first = cgraph->nodes[i];
     int k, v;
@@ -525,6 +549,8 @@ int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * c
     }
     ggml_cuda_set_device(ctx.device);
     CUDA_CHECK(pq_cuda_encode(p, 2, ctx.stream()));
+    const int next = next_node(cgraph, v);
+    attention_after_encode(ctx) = next < cgraph->n_nodes && is_attention_to(cgraph->nodes[next], first, second) ? cgraph->nodes[next] : nullptr;
     return v - i;
 }
 
