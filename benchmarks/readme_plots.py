@@ -4,8 +4,8 @@
     python benchmarks/readme_plots.py
 
 ``docs/images/kl-by-bits.png``: what a cache type costs in quality, of the files of ``--kl``: ``million eval --json``, or CSV
-with the columns type, kv_tail, kl_mean and kl_p999 (and text, of which the held-out one counts). ``docs/images/speed-by-depth.png``: decode speed, one panel per file of
-``--speed``: ``benchmarks/gpu/run.py``'s JSON or ``million bench --json``. Needs matplotlib, gguf and million_gguf (the source
+with the columns type, kv_tail, kl_mean and kl_p999 (and text, of which the held-out one counts). ``docs/images/speed-by-depth.png``: decode speed, one panel per
+``--speed``: ``benchmarks/gpu/run.py``'s JSON, or several with commas between them, or ``million bench --json``. Needs matplotlib, gguf and million_gguf (the source
 tree's will do).
 """
 
@@ -35,9 +35,10 @@ _KL = [
 ]  # later ones count
 _KL_TEXT = "heldout"
 _KL_TITLE = "ref-33m, held-out text: what a KV cache type costs"
+_H200 = _RESULTS / "2026-11-27b-h200"
 _SPEED = [
-    (_RESULTS / "2026-11-26d-h100" / "7b-decode.json", "Llama-2-7B (32 KV heads)"),
-    (_RESULTS / "2026-11-26d-h100" / "8b-decode-depths.json", "Llama-3.1-8B (8 KV heads)"),
+    ([_H200 / "first-7b.json"], "Llama-2-7B (32 KV heads)"),
+    ([_H200 / "8b.json", _H200 / "8b-128k.json"], "Llama-3.1-8B (8 KV heads)"),
 ]
 _SPEED_TITLE = "Decode speed by depth, models of random weights in Q4_0"
 _TYPES = ("f16", "q8_0", "q4_0", "pq4", "pq3", "pq2")  # one colour each, whatever the order in a file
@@ -123,16 +124,19 @@ def read_speed(path: Path) -> tuple[list[Row], str]:
     return rows, ", ".join(gpu["name"] for gpu in gpus) if gpus else facts["machine"]["platform"]
 
 
-def draw_speed(files: list[tuple[Path, str]], title: str, path: Path) -> None:
-    """One panel per file. A type that was measured at one depth only says nothing about depth, and is left out."""
+def draw_speed(files: list[tuple[list[Path], str]], title: str, path: Path) -> None:
+    """One panel per heading. A type that was measured at one depth only says nothing about depth, and is left out."""
     panels, machines = [], []
-    for file, heading in files:
-        rows, machine = read_speed(file)
-        machines.append(machine)
+    for parts, heading in files:
+        rows: list[Row] = []
+        for part in parts:
+            more, machine = read_speed(part)
+            rows += more
+            machines.append(machine)
         n_depths = {name: len({r["depth"] for r in rows if r["type"] == name}) for name in {r["type"] for r in rows}}
         lost = sorted(name for name, n in n_depths.items() if n == 1)
         if lost:
-            print(f"{file.name}: {', '.join(lost)} measured at one depth only, left out")
+            print(f"{heading}: {', '.join(lost)} measured at one depth only, left out")
         order = {name: i for i, name in enumerate(_TYPES)}
         kept = sorted((r for r in rows if r["type"] not in lost), key=lambda r: (order.get(r["type"], 99), r["depth"]))
         panels.append((heading, "decode", kept))
@@ -140,17 +144,18 @@ def draw_speed(files: list[tuple[Path, str]], title: str, path: Path) -> None:
     plots.speed_by_depth(path, title, panels, subtitle)
 
 
-def with_heading(text: str) -> tuple[Path, str]:
-    """``FILE=HEADING``, or ``FILE``: then its name is the heading."""
-    path, _, heading = text.partition("=")
-    return Path(path), heading or Path(path).stem
+def with_heading(text: str) -> tuple[list[Path], str]:
+    """``FILE[,FILE...]=HEADING``; without a heading it is the first file's name."""
+    names, _, heading = text.partition("=")
+    paths = [Path(name) for name in names.split(",")]
+    return paths, heading or paths[0].stem
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kl", type=Path, nargs="+", metavar="FILE", default=_KL)
     parser.add_argument("--kl-title", default=_KL_TITLE, metavar="TEXT")
-    parser.add_argument("--speed", type=with_heading, nargs="+", metavar="FILE[=HEADING]", default=_SPEED)
+    parser.add_argument("--speed", type=with_heading, nargs="+", metavar="FILES[=HEADING]", default=_SPEED)
     parser.add_argument("--speed-title", default=_SPEED_TITLE, metavar="TEXT")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", default=_ROOT / "docs" / "images")
     args = parser.parse_args()
