@@ -40,7 +40,7 @@ class CudaBuild:
     @staticmethod
     def missing() -> str | None:
         """The tool without which there is nothing to build."""
-        return next((tool for tool in ("nvcc", "cmake") if shutil.which(tool) is None), None)
+        return next((tool for tool in ("nvcc", "cmake", "nice") if shutil.which(tool) is None), None)
 
     def finish(self, timeout: float) -> str:
         """Waits for the end, and returns what the compilers said.

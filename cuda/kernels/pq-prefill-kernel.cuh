@@ -8,7 +8,7 @@
 // afterwards: a merged copy of it would be as large as the whole mask.
 //
 // The rows that a prefill encodes are in the tail, so nothing here reads their codes. An encoder ahead in the stream may still run: its blocks for V end long
-// before those for K, which search twice, and what runs here runs beside them.
+// before those for K, which search twice, and queries are mapped beside them. The tail's rows wait for it, and the lookups of all others begin when it has ended.
 //
 // Rows y lie in f16 and a flash attention may add them up in it, as it does with rows x: their mean, which mu takes out, is what grows with the context.
 //

@@ -68,7 +68,7 @@ static cudaError_t look_up_rows(const pq_cuda_prefill_step & s, int first, int n
     a.n_head_kv    = p.n_head_kv;
     a.after_encode = s.after_encode && p.tail.n > 0; // or the new codes are read
     const int type = first == 0 ? p.k.type : p.v.type;
-    if (type == PQ_TYPE_PQ4 && codes % 4 != 0) {
+    if ((type == PQ_TYPE_PQ4 && codes % 4 != 0) || (type == PQ_TYPE_PQ2 && codes % 2 != 0)) {
         return cudaErrorMisalignedAddress;
     }
     // All blocks run at once: one more would start when the others have ended.

@@ -27,7 +27,7 @@
 // finite values, and no two slots have the same cell. So a backend may put the rows of the tail in the place of their cells and attend to n_kv columns; many queries
 // at once need this on CUDA. They ride on the mask because FLASH_ATTN_EXT has no source left.
 //
-// Rows that a graph writes and then attends to with a tail's mask all have a slot of that tail: attention does not read their codes, and CUDA makes them beside it.
+// Rows that a graph writes and then attends to with a tail's mask all have a slot of that tail: attention does not read their codes, and CUDA may still be making them.
 //
 // Such a mask is memory that the op may write: CUDA puts the tail's columns into it and has its own back before the op is over. Nothing else reads it meanwhile.
 #pragma once

@@ -278,6 +278,8 @@ static void prefill_in_code_space(ggml_backend_cuda_context & ctx, const ggml_te
     for (int64_t s = 0; s < p.n_stream; s++) {
         pq_cuda_prefill_step step = {};
         step.p       = p;
+        step.p.k.data += s * p.k.stream_stride;
+        step.p.v.data += s * p.v.stream_stride;
         step.p.q    += s * p.q_stream_stride;
         step.p.dst   = (float *) ((char *) p.dst + s * p.dst_stream_stride);
         step.p.mask += s % p.n_stream_mask * p.mask_stream_stride;
