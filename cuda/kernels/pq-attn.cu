@@ -149,7 +149,7 @@ encode_plan plan_encode(int64_t n_new_rows, int n_head_kv, int64_t n_blocks, int
         const int64_t late    = n_units - n_units_apart(n_units, rows, std::max<int64_t>(n_sm - n_blocks, 0), n_threads, cells);
         const int64_t turns   = div_up(late, n_helpers(n_blocks, n_split) * (n_threads / PQ_ENCODE_FEW_THREADS));
         const int64_t seen    = late > 0 ? std::max<int64_t>(turns * unit_cells(rows) - HIDDEN_CELLS - cells * 3 / 10, 0) : 0;
-        if (seen + late * rows < best_cost) {
+        if (seen + late * rows < best_cost) { // of those that hide as well: the least work for blocks with attention
             best_cost = seen + late * rows;
             best      = { rows, seen + late };
         }

@@ -107,11 +107,9 @@ __device__ __forceinline__ uint4 pq_decode_load_tail(const pq_cuda_decode_side &
         *((const uint4 *) (s.tail + source * s.tail_row_stride + head * s.tail_head_stride) + piece);
 }
 
-__device__ __forceinline__ void pq_decode_start_table(const pq_decode_args & a, int D, const __half * centroids, __half * table) {
-    if (a.table_in_smem) {
-        for (int i = threadIdx.x; i < D * PQ_KSUB / 8; i += PQ_DECODE_THREADS) {
-            pq_cp_async((uint4 *) table + i, (const uint4 *) centroids + i);
-        }
+__device__ __forceinline__ void pq_decode_start_table(int D, const __half * centroids, __half * table) {
+    for (int i = threadIdx.x; i < D * PQ_KSUB / 8; i += PQ_DECODE_THREADS) {
+        pq_cp_async((uint4 *) table + i, (const uint4 *) centroids + i);
     }
 }
 
@@ -131,7 +129,9 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS) pq_decode_plain_kernel(cons
     const float   * mu        = (const float *) (block + layout.mu);
     const uint8_t * codes     = s.p.codes + head * s.codes_head_stride;
 
-    pq_decode_start_table(a, s.p.D, centroids, table);
+    if (a.table_in_smem) {
+        pq_decode_start_table(s.p.D, centroids, table);
+    }
     pq_pdl_wait();
     pq_pdl_launch_next();
     pq_cp_async_wait();
@@ -264,7 +264,9 @@ __global__ void __launch_bounds__(PQ_DECODE_THREADS, U <= 4 ? 2 : 1) pq_decode_k
         any = __any_sync(0xffffffff, pq_decode_row_source(s, row0 + lane) == PQ_ROW_CODES);
     }
     if (__syncthreads_or(any)) {
-        pq_decode_start_table(a, D, centroids, table);
+        if (a.table_in_smem) {
+            pq_decode_start_table(D, centroids, table);
+        }
         const __half * src = (const __half *) (block + layout.T_inv);
 #pragma unroll 4
         for (int i = tid; i < 32 * U * (S::MAX_COLS / 8); i += PQ_DECODE_THREADS) {

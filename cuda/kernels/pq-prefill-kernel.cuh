@@ -246,12 +246,8 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS, PQ_ROWS_BLOCKS) pq_prefill
     const bool second = (int) blockIdx.y >= a.n_head_kv;
     const int  head   = blockIdx.y - (second ? a.n_head_kv : 0);
     const pq_prefill_rows_side & s = a.side[second];
-    {
-        const uint4 * centroids = (const uint4 *) (s.codebook + head * s.head_bytes + s.centroids);
-        for (int i = tid; i < PQ_ROWS_TABLE / 16; i += PQ_PREFILL_THREADS) {
-            pq_cp_async(pq_prefill_table + 16 * i, centroids + i);
-        }
-    }
+    static_assert(PQ_PREFILL_THREADS == PQ_DECODE_THREADS, "all threads copy the table");
+    pq_decode_start_table(PQ_PREFILL_D, (const __half *) (s.codebook + head * s.head_bytes + s.centroids), (__half *) pq_prefill_table);
     for (int i = tid; i < PQ_ROWS_TILE_BITS / 32; i += PQ_PREFILL_THREADS) {
         tiles_of_tail[i] = 0;
     }

@@ -182,12 +182,19 @@ bool ggml_cuda_pq_supports_op(int device, const ggml_tensor * op) {
     return false;
 }
 
-// Ropes that were passed over, for the step that reads them to do (see the end of this file)
-static std::set<const ggml_tensor *> & deferred_ropes(const ggml_backend_cuda_context & ctx) {
+// What the nodes of a graph leave to later ones.
+struct graph_state {
+    std::set<const ggml_tensor *> deferred_ropes; // passed over, for the step that reads them to do (see the end of this file)
+    const ggml_tensor * after_encode = nullptr;   // the attention that follows a launch which encodes its rows of K and V, and all of them to the exact tail, if it reads one
+    const ggml_tensor * q8_1_op      = nullptr;   // a step whose result was also made in q8_1,
+    const void        * q8_1         = nullptr;   // here
+};
+
+static graph_state & state_of(const ggml_backend_cuda_context & ctx) {
     static std::mutex mutex;
-    static std::map<const ggml_backend_cuda_context *, std::set<const ggml_tensor *>> ropes;
+    static std::map<const ggml_backend_cuda_context *, graph_state> states;
     const std::lock_guard<std::mutex> lock(mutex);
-    return ropes[&ctx];
+    return states[&ctx];
 }
 
 static const ggml_tensor * storage_of(const ggml_tensor * t) {
@@ -206,38 +213,17 @@ static bool masks_settled(const ggml_tensor * op) {
     return is_input(op->src[3]) && (!tail_mask || is_input(tail_mask));
 }
 
-// The attention that follows a launch which encodes its rows of K and V, and all of them to the exact tail, if it reads one
-static const ggml_tensor *& attention_after_encode(const ggml_backend_cuda_context & ctx) {
-    static std::mutex mutex;
-    static std::map<const ggml_backend_cuda_context *, const ggml_tensor *> ops;
-    const std::lock_guard<std::mutex> lock(mutex);
-    return ops[&ctx];
-}
-
-// The result of a step that was also made in q8_1
-struct q8_1_result {
-    const ggml_tensor * op   = nullptr;
-    const void        * data = nullptr;
-};
-
-static q8_1_result & last_q8_1(const ggml_backend_cuda_context & ctx) {
-    static std::mutex mutex;
-    static std::map<const ggml_backend_cuda_context *, q8_1_result> results;
-    const std::lock_guard<std::mutex> lock(mutex);
-    return results[&ctx];
-}
-
 bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor * op) {
     if (op->op == GGML_OP_ROPE) {
-        return deferred_ropes(ctx).count(op) > 0;
+        return state_of(ctx).deferred_ropes.count(op) > 0;
     }
     if (!ggml_pq_has_operand(op)) {
         return false;
     }
     ggml_cuda_set_device(ctx.device);
-    const bool after_encode = std::exchange(attention_after_encode(ctx), nullptr) == op;
+    const bool after_encode = std::exchange(state_of(ctx).after_encode, nullptr) == op;
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
-        last_q8_1(ctx) = {};
+        state_of(ctx).q8_1_op = nullptr;
         pq_attn_params p;
         const char * why = ggml_pq_attn_params(op, p);
         GGML_ASSERT(!why);
@@ -423,18 +409,18 @@ static pq_cuda_rope get_rope(const ggml_tensor * op) {
 }
 
 const void * ggml_cuda_pq_get_q8_1(const ggml_backend_cuda_context & ctx, const ggml_tensor * src1) {
-    const q8_1_result & r = last_q8_1(ctx);
+    const graph_state & state = state_of(ctx);
     const ggml_tensor * op = without_reshapes(src1);
     // Another graph may have other nodes at the same addresses, but attention on codes passes through here whenever it is computed. Rows are of whole blocks,
     // without padding: where they begin does not matter.
-    return op == r.op && op->op == GGML_OP_FLASH_ATTN_EXT && ggml_pq_has_operand(op) && src1->ne[0] % MATRIX_ROW_PADDING == 0 ? r.data : nullptr;
+    return op == state.q8_1_op && op->op == GGML_OP_FLASH_ATTN_EXT && ggml_pq_has_operand(op) && src1->ne[0] % MATRIX_ROW_PADDING == 0 ? state.q8_1 : nullptr;
 }
 
 static void run_step(ggml_backend_cuda_context & ctx, const fused_step & s) {
     pq_attn_params   p    = s.p;
     pq_encode_params rows[2] = { s.rows[0], s.rows[1] };
     pq_cuda_rope     rope = {};
-    auto & deferred = deferred_ropes(ctx);
+    auto & deferred = state_of(ctx).deferred_ropes;
     if (s.ropes[0] && deferred.erase(s.ropes[0])) {
         rope   = get_rope(s.ropes[0]);
         rope.q = 1;
@@ -449,7 +435,8 @@ static void run_step(ggml_backend_cuda_context & ctx, const fused_step & s) {
     }
     ggml_cuda_set_device(ctx.device);
     void * q8_1 = s.q8_1 ? get_kept(ctx, KEPT_Q8_1, ggml_row_size(GGML_TYPE_Q8_1, ggml_nelements(s.op))) : nullptr;
-    last_q8_1(ctx) = { q8_1 ? s.op : nullptr, q8_1 };
+    state_of(ctx).q8_1_op = q8_1 ? s.op : nullptr;
+    state_of(ctx).q8_1    = q8_1;
     ggml_cuda_pool_alloc<char> scratch(ctx.pool(), std::max<size_t>(s.plan.scratch_bytes, 1));
     CUDA_CHECK(pq_cuda_step(p, s.plan, rows, rope.q || rope.k ? &rope : nullptr, s.settled, (uint8_t *) q8_1, scratch.get(), get_kept(ctx, KEPT_COUNTERS, s.plan.counter_bytes), ctx.stream()));
 }
@@ -528,7 +515,7 @@ int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * c
     int k, v;
     fused_step s;
     if (first->op == GGML_OP_ROPE) {
-        auto & deferred = deferred_ropes(ctx);
+        auto & deferred = state_of(ctx).deferred_ropes;
         deferred.erase(first);
         if (find_writes(cgraph, i, &k, &v) && get_step(ctx, cgraph, k, v, s) && (first == s.ropes[0] || first == s.ropes[1])) {
             deferred.insert(first); // and ggml_cuda_pq_compute_forward passes it over
@@ -550,7 +537,7 @@ int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * c
     ggml_cuda_set_device(ctx.device);
     CUDA_CHECK(pq_cuda_encode(p, 2, ctx.stream()));
     const int next = next_node(cgraph, v);
-    attention_after_encode(ctx) = next < cgraph->n_nodes && is_attention_to(cgraph->nodes[next], first, second) ? cgraph->nodes[next] : nullptr;
+    state_of(ctx).after_encode = next < cgraph->n_nodes && is_attention_to(cgraph->nodes[next], first, second) ? cgraph->nodes[next] : nullptr;
     return v - i;
 }
 
