@@ -25,7 +25,7 @@
 //       Codes of four elements (pq2, and the shared ones of pq3) give two half2 in one lookup, with a turn of its own: four places instead of eight.
 //   V   16 lanes share a cell, two cells side by side; a lane owns 8 elements (four half2). One row: B is a diagonal matrix of
 //       weights, so a product is four multiply-adds per lane, from halves into floats. More rows: the half2 of two cells are
-//       re-packed by element, and B has the weights of two rows for those lanes' cells.
+//       re-packed by element, and B has the weights of two rows for those lanes' cells. One row with pq3: 8 lanes share a cell, with 16 elements each (v_lanes).
 //
 // Both ways lookups read 32 different banks. Per cell, head and side that is 2 wavefronts of shared memory for 64 lookups.
 //
@@ -56,8 +56,10 @@ struct args_128 : args {
     int32_t    n_attn_blocks; // the others only encode
     int32_t    n_tail_warps;
     int32_t    tail_mask_by_16;
+    int32_t    one_mask, one_tail_mask; // all rows of a stream have one, at a multiple of 16 bytes
     int32_t    early_tables;  // ask for the tables without asking masks first: a part so large has cells that somebody sees
     int32_t    k_paired, v_paired; // pq3: see tile_cell
+    int32_t    copy_passes;   // see there
     int32_t    settled;       // nothing but queries and new rows is still being written when the kernel starts
     uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups]; 0 before and after a launch
     // The rows of this step, not yet written. n_new 0: they are.
@@ -83,6 +85,11 @@ __host__ __device__ constexpr uint32_t tile_cell(int type) {
 template <int TYPE>
 PQ_DEVICE uint32_t tile_skip(const uint8_t * codes, bool paired) {
     return TYPE == PQ_TYPE_PQ3 && paired ? (uint32_t) (uintptr_t) codes & 16 : 0;
+}
+
+// Whether a cell's codes, as they are copied, lie in two lines of memory. Those of the first cell tell of all, where rows are whole lines.
+static inline __host__ __device__ bool in_two_lines(int type, uintptr_t codes, bool paired) {
+    return type == PQ_TYPE_PQ3 && (codes & 127) + (paired ? 64 : 48) > 128;
 }
 
 // Words of codes that a lane loads of a cell's K.
@@ -180,68 +187,136 @@ PQ_DEVICE void read_k_words(uint32_t (&w)[k_words<TYPE>::N], uint32_t place, uin
     }
 }
 
-// Which cell of a slot, and which 8 elements of it, a lane looks up of V. pq3: half of a warp has all 16 places, for lookups of 8 bytes.
-template <int TYPE>
-PQ_DEVICE void v_lane_place(int lane, int * cell, int * l) {
-    lane_place<16, true>(lane, cell, l);
-    *l ^= TYPE == PQ_TYPE_PQ3 ? 8 * *cell : 0;
-}
+// How many lanes share a cell of V, with 8 or 16 elements each. pq3 with one row: codes then come in words, half as many loads, and one row has the registers for the sums.
+template <int TYPE, int R> struct v_lanes { enum { N = TYPE == PQ_TYPE_PQ3 && R == 1 ? 8 : 16, CELLS = PQ_WARP / N, SLOTS = TILE_128 / CELLS, HALF2 = 64 / N }; };
 
-template <int TYPE>
-PQ_DEVICE void init_v_lane(lane_side & s, const side_args & v, int lane) {
-    if constexpr (TYPE == PQ_TYPE_PQ3) { // first two codes: a half2 each, in another order for either cell; then one for two
-        int l;
-        v_lane_place<TYPE>(lane, &s.cell, &l);
-        s.order  = s.cell;
-        s.low[0] = (8 * l + 4 * s.cell) | (8 * l + 4 * (1 ^ s.cell)) << 8;
-        s.low[1] = 8 * l;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            s.pick[i] = 0x7600 | (i ^ s.cell) << 4 | (4 + i);
-        }
+// Which cell of a slot, and which elements of it (the l-th 8 or 16), a lane looks up of V. pq3: half of a warp has all places, for lookups of 8 bytes.
+template <int TYPE, int R>
+PQ_DEVICE void v_lane_place(int lane, int * cell, int * l) {
+    if constexpr (v_lanes<TYPE, R>::N == 8) {
+        *cell = lane % 4;
+        *l    = lane / 4 ^ lane % 4 / 2 * 4;
     } else {
-        init_side<TYPE, 16, true>(s, v, 128, lane);
+        lane_place<16, true>(lane, cell, l);
+        *l ^= TYPE == PQ_TYPE_PQ3 ? 8 * *cell : 0;
     }
 }
 
-// At which of the lane's four half2 lookup i is.
-template <int TYPE>
-PQ_DEVICE int v_half2(int i, int order) {
-    return TYPE == PQ_TYPE_PQ3 && i >= 2 ? i : i ^ order;
-}
-
-// The codes of a lane's 8 elements of a cell of V.
-struct v_unit {
-    uint32_t own;    // a byte each
-    uint32_t shared; // pq3: the one of the last four elements
+struct v_lane {
+    uint32_t low[2], low2; // address bytes that are the lane's, as PRMT takes them; low2: of the codes that pq3 shares
+    uint32_t pick[4];      // PRMT selectors
+    int32_t  order;        // pq3, pq4: lookup i is of code i ^ order of the lane's
 };
 
-template <int TYPE, uint32_t TABLE>
-PQ_DEVICE void lookup_v(uint32_t (&y)[4], const v_unit & c, const lane_side & s) {
-    if constexpr (TYPE == PQ_TYPE_PQ3) {
-        y[0] = pq_load_shared_u32<TABLE>(__byte_perm(c.own, s.low[0], s.pick[0]));
-        y[1] = pq_load_shared_u32<TABLE>(__byte_perm(c.own, s.low[0], s.pick[1]));
-        const uint2 v = pq_load_shared_u64<TABLE + 128>(__byte_perm(c.shared, s.low[1], 0x7604));
-        y[2] = v.x;
-        y[3] = v.y;
+template <int TYPE, int R>
+PQ_DEVICE void init_v_lane(v_lane & s, const side_args & v, int lane) {
+    if constexpr (TYPE == PQ_TYPE_PQ3) { // two or four codes, a half2 each, in another order for every cell; then half as many for two
+        constexpr int N_OWN = v_lanes<TYPE, R>::HALF2 / 2;
+        int cell, l;
+        v_lane_place<TYPE, R>(lane, &cell, &l);
+        s.order = cell;
+#pragma unroll
+        for (int i = 0; i < N_OWN; i += 2) {
+            s.low[i / 2] = 4 * (N_OWN * l + (i ^ cell)) | 4 * (N_OWN * l + ((i + 1) ^ cell)) << 8;
+        }
+        s.low2 = N_OWN == 2 ? 8 * l : 8 * (2 * l + cell % 2) | 8 * (2 * l + 1 - cell % 2) << 8;
+#pragma unroll
+        for (int i = 0; i < N_OWN; i++) {
+            s.pick[i] = 0x7600 | (i ^ cell) << 4 | (4 + i % 2);
+        }
     } else {
-        lookup<TYPE, TABLE>(y, c.own, s);
+        lane_side x = {};
+        init_side<TYPE, 16, true>(x, v, 128, lane);
+        s.order = x.order;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            s.low[i / 2] = x.low[i / 2];
+            s.pick[i]    = x.pick[i];
+        }
     }
 }
 
-template <int TYPE>
-PQ_DEVICE void v_place(int lane, uint32_t tile, uint32_t * own, uint32_t * shared) {
-    int cell, l;
-    v_lane_place<TYPE>(lane, &cell, &l);
-    *own    = tile + cell * tile_cell(TYPE) + (TYPE == PQ_TYPE_PQ4 ? 4 * l : 2 * l);
-    *shared = tile + cell * tile_cell(TYPE) + 32 + l;
+// The codes of a lane's elements of a cell of V, a byte each.
+struct v_unit {
+    uint32_t own;
+    uint32_t shared; // pq3: those of two subspaces. Two of them come twice, so that byte i ^ order is one of them
+};
+
+// The lane's half2 of a cell, in the order of its lookups.
+template <int TYPE, int R, uint32_t TABLE>
+PQ_DEVICE void lookup_v(uint32_t (&y)[v_lanes<TYPE, R>::HALF2], const v_unit & c, const v_lane & s) {
+    constexpr int N_OWN = TYPE == PQ_TYPE_PQ4 ? 4 : v_lanes<TYPE, R>::HALF2 / 2; // codes
+#pragma unroll
+    for (int i = 0; i < N_OWN; i++) {
+        const uint32_t at = __byte_perm(c.own, s.low[i / 2], s.pick[i]);
+        if constexpr (TYPE == PQ_TYPE_PQ2) {
+            const uint2 v = pq_load_shared_u64<TABLE>(at);
+            y[2 * i]     = v.x;
+            y[2 * i + 1] = v.y;
+        } else {
+            y[i] = pq_load_shared_u32<TABLE>(at);
+        }
+    }
+    if constexpr (TYPE == PQ_TYPE_PQ3) {
+#pragma unroll
+        for (int i = 0; i < N_OWN / 2; i++) {
+            const uint2 v = pq_load_shared_u64<TABLE + 128>(__byte_perm(c.shared, s.low2, N_OWN == 2 ? 0x7604 : s.pick[i]));
+            y[N_OWN + 2 * i]     = v.x;
+            y[N_OWN + 2 * i + 1] = v.y;
+        }
+    }
 }
 
-template <int TYPE>
-PQ_DEVICE v_unit read_v_unit(uint32_t own, uint32_t shared) {
+// Which half2 of the head is at place i of those of a lane.
+template <int TYPE, int R>
+PQ_DEVICE int v_half2(int i, int l, int order) {
+    constexpr int N_OWN = v_lanes<TYPE, R>::HALF2 / 2;
+    if (TYPE != PQ_TYPE_PQ3) {
+        return 4 * l + (i ^ order);
+    }
+    if (i < N_OWN) {
+        const int code = N_OWN * l + (i ^ order);
+        return code / 2 * 4 + code % 2;
+    }
+    const int code = N_OWN == 2 ? l : 2 * l + ((i - N_OWN) / 2 ^ order % 2);
+    return 4 * code + 2 + i % 2;
+}
+
+// Where the lane's codes of slot 0 are; skip: where in a cell they begin. With 8 lanes to a cell, lanes read different banks because pieces lie turned (tile_source) and a slot has
+// cells 0, 1, 4 and 5 from its first one on.
+template <int TYPE, int R>
+PQ_DEVICE void v_place(int lane, uint32_t tile, uint32_t skip, uint32_t * own, uint32_t * shared) {
+    int cell, l;
+    v_lane_place<TYPE, R>(lane, &cell, &l);
+    if constexpr (v_lanes<TYPE, R>::N == 8) {
+        const uint32_t at = tile + cell % 2 * 64 + cell / 2 * 256, turn = cell / 2 * 32;
+        *own    = at + ((l / 4 * 16 + skip) ^ turn) + l % 4 * 4;
+        *shared = at + ((32 + skip) ^ turn) + 2 * l;
+    } else {
+        const uint32_t at = tile + skip + cell * tile_cell(TYPE);
+        *own    = at + (TYPE == PQ_TYPE_PQ4 ? 4 * l : 2 * l);
+        *shared = at + 32 + l;
+    }
+}
+
+// First cell of a slot.
+template <int TYPE, int R>
+__host__ __device__ constexpr int v_slot_cell(int slot) {
+    return v_lanes<TYPE, R>::N == 8 ? slot % 2 * 2 + slot / 2 * 8 : 2 * slot;
+}
+
+template <int TYPE, int R>
+PQ_DEVICE v_unit read_v_unit(uint32_t own, uint32_t shared, int slot) {
+    const uint32_t from = v_slot_cell<TYPE, R>(slot) * tile_cell(TYPE);
     v_unit c;
-    c.own    = TYPE == PQ_TYPE_PQ4 ? pq_shared_u32(own) : pq_shared_u16(own);
-    c.shared = TYPE == PQ_TYPE_PQ3 ? pq_shared_u8(shared) : 0;
+    if constexpr (v_lanes<TYPE, R>::N == 8) {
+        const uint32_t turn = slot % 2 * 16;
+        c.own    = pq_shared_u32((own ^ turn) + from);
+        c.shared = pq_shared_u16((shared ^ turn) + from) * 0x10001u;
+    } else {
+        c.own    = TYPE == PQ_TYPE_PQ4 ? pq_shared_u32(own + from) : pq_shared_u16(own + from);
+        c.shared = TYPE == PQ_TYPE_PQ3 ? pq_shared_u8(shared + from) : 0;
+    }
     return c;
 }
 
@@ -474,33 +549,38 @@ PQ_DEVICE void put_weights(uint32_t weights /* shared address */, const float (&
     }
 }
 
-// o += weights * y. unit(j): the lane's codes of slot j, asked for in the order j, j + 8, j + 1, j + 9, ... R = 1: o[dims 0..3 or 4..7 of the lane]; otherwise o[two rows][half2], {element, row} of {0, 0}, {0, 1}, {1, 0}, {1, 1}.
+// o += weights * y. unit(j): the lane's codes of slot j; with S half of the slots, asked for in the order j, j + S, j + 1, j + 1 + S, ... R = 1: o[pairs of half2][{half2, element}];
+// otherwise o[two rows][half2], {element, row} of {0, 0}, {0, 1}, {1, 0}, {1, 1}.
 template <int TYPE, uint32_t TABLE, int R, int N_O, class UNIT>
-PQ_DEVICE void values_128(float (&o)[N_O][4], UNIT unit, const lane_side & vl, uint32_t p, uint32_t weights /* shared address */, int lane) {
+PQ_DEVICE void values_128(float (&o)[N_O][4], UNIT unit, const v_lane & vl, uint32_t p, uint32_t weights /* shared address */, int lane) {
+    constexpr int S = v_lanes<TYPE, R>::SLOTS / 2, N = v_lanes<TYPE, R>::HALF2;
     const int g = lane / 4, t = lane % 4;
     if constexpr (R == 1) {
         const uint32_t pick_lo = g == 2 * t ? 0x4410 : g == 2 * t + 1 ? 0x1044 : 0x4444;
         const uint32_t pick_hi = g == 2 * t ? 0x4432 : g == 2 * t + 1 ? 0x3244 : 0x4444;
-        const int      owner   = t / 2 * 4;
+        const int      cell    = N == 4 ? t / 2 : t % 2 + t / 2 * 4; // the lane's of slot 0
 #pragma unroll
-        for (int j = 0; j < N_SLOT / 2; j++) {
-            uint32_t y[2][4];
-            lookup_v<TYPE, TABLE>(y[0], unit(j),     vl);
-            lookup_v<TYPE, TABLE>(y[1], unit(j + 8), vl);
-            const uint32_t pj = __shfl_sync(PQ_FULL_WARP, p, pq_opaque(owner) + 4 * (2 * j % 8) + j / 4); // cell 2j + t / 2
+        for (int j = 0; j < S; j++) {
+            uint32_t y[2][N];
+            lookup_v<TYPE, R, TABLE>(y[0], unit(j),     vl);
+            lookup_v<TYPE, R, TABLE>(y[1], unit(j + S), vl);
+            const int      first = v_slot_cell<TYPE, R>(j); // the weight of cell c, below 16, is in lane 4 (c % 8) + c / 8
+            const uint32_t pj = __shfl_sync(PQ_FULL_WARP, p, pq_opaque(4 * cell) + 4 * (first % 8) + first / 8);
             const uint32_t b0 = __byte_perm(pj, 0, pick_lo);
             const uint32_t b1 = __byte_perm(pj, 0, pick_hi);
-            pq_mma_m16n8k16(o[0], y[0][0], y[0][1], y[1][0], y[1][1], b0, b1);
-            pq_mma_m16n8k16(o[1], y[0][2], y[0][3], y[1][2], y[1][3], b0, b1);
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) {
+                pq_mma_m16n8k16(o[i], y[0][2 * i], y[0][2 * i + 1], y[1][2 * i], y[1][2 * i + 1], b0, b1);
+            }
         }
     } else {
 #pragma unroll
-        for (int j = 0; j < N_SLOT / 2; j += 2) {
-            uint32_t y[4][4];
-            lookup_v<TYPE, TABLE>(y[0], unit(j),     vl);
-            lookup_v<TYPE, TABLE>(y[1], unit(j + 8), vl);
-            lookup_v<TYPE, TABLE>(y[2], unit(j + 1), vl);
-            lookup_v<TYPE, TABLE>(y[3], unit(j + 9), vl);
+        for (int j = 0; j < S; j += 2) {
+            uint32_t y[4][N];
+            lookup_v<TYPE, R, TABLE>(y[0], unit(j),         vl);
+            lookup_v<TYPE, R, TABLE>(y[1], unit(j + S),     vl);
+            lookup_v<TYPE, R, TABLE>(y[2], unit(j + 1),     vl);
+            lookup_v<TYPE, R, TABLE>(y[3], unit(j + 1 + S), vl);
             uint2 b[R / 2];
 #pragma unroll
             for (int r = 0; r < R / 2; r++) {
@@ -516,6 +596,41 @@ PQ_DEVICE void values_128(float (&o)[N_O][4], UNIT unit, const lane_side & vl, u
                 }
             }
         }
+    }
+}
+
+PQ_DEVICE float2 add_from(float2 own, float2 sent, int lane_mask) { // what the lane there sent
+    return make_float2(own.x + __shfl_xor_sync(PQ_FULL_WARP, sent.x, lane_mask), own.y + __shfl_xor_sync(PQ_FULL_WARP, sent.y, lane_mask));
+}
+
+// The sums of a row over all cells of the warp. Lanes with the same elements of different cells share them out: a lane is left with two half2 of the head, at[0] and at[1].
+// Where a lane's codes have an order of their own, what one keeps in a place comes from another place of the other.
+template <int TYPE, int R, int N>
+PQ_DEVICE void fold_cells(float2 (&x)[2], int (&at)[2], const float2 (&y)[N], int order, int lane) {
+    static_assert(N == v_lanes<TYPE, R>::HALF2, "what lookups give");
+    int cell, l;
+    v_lane_place<TYPE, R>(lane, &cell, &l);
+    if constexpr (TYPE != PQ_TYPE_PQ3) {
+        x[0] = add_from(y[0], y[2], 2);
+        x[1] = add_from(y[1], y[3], 2);
+        at[0] = v_half2<TYPE, R>(0, l, order);
+        at[1] = v_half2<TYPE, R>(1, l, order);
+    } else {
+        float2 z[3]; // of two cells: one of their own codes, and both of a shared one
+        if constexpr (N == 8) { // four cells: first those side by side
+            z[0] = add_from(add_from(y[0], y[1], 1), add_from(y[2], y[3], 1), 18);
+            z[1] = add_from(y[4], y[6], 1);
+            z[2] = add_from(y[5], y[7], 1);
+        } else {
+            z[0] = add_from(y[0], y[1], 18);
+            z[1] = y[2];
+            z[2] = y[3];
+        }
+        const bool second = N == 8 ? cell / 2 : cell;
+        x[0] = z[0];
+        x[1] = add_from(second ? z[2] : z[1], second ? z[1] : z[2], 18);
+        at[0] = v_half2<TYPE, R>(0, l, order);
+        at[1] = v_half2<TYPE, R>(N / 2 + second, l, order);
     }
 }
 
@@ -656,6 +771,10 @@ PQ_DEVICE void write_tail_128(const args_128 & a, const float2 * turns, int stre
     }
 }
 
+PQ_DEVICE uint32_t seen_cells(const uint4 & mask /* of 8 cells */) { // not 0: some cell is seen
+    return (mask.x ^ 0xfc00fc00u) | (mask.y ^ 0xfc00fc00u) | (mask.z ^ 0xfc00fc00u) | (mask.w ^ 0xfc00fc00u);
+}
+
 // Whether somebody sees one of n cells, N of them most of the time. by_16: masks lie at multiples of 16 bytes
 template <int N>
 PQ_DEVICE bool any_cell_seen(const uint8_t * mask, int64_t cell0, int n, bool by_16) {
@@ -664,8 +783,7 @@ PQ_DEVICE bool any_cell_seen(const uint8_t * mask, int64_t cell0, int n, bool by
     if (by_16 && n == N) {
 #pragma unroll
         for (int i = 0; i < N / 8; i++) {
-            const uint4 v = __ldg((const uint4 *) m + i);
-            seen |= (v.x ^ 0xfc00fc00u) | (v.y ^ 0xfc00fc00u) | (v.z ^ 0xfc00fc00u) | (v.w ^ 0xfc00fc00u);
+            seen |= seen_cells(__ldg((const uint4 *) m + i));
         }
     } else {
 #pragma unroll 1
@@ -798,29 +916,29 @@ PQ_DEVICE void attend_tail_128(float * o, float2 * ml, const args_128 & a, const
 
 // ---- codes ----
 
-// Codes of one side on their way to a warp's tile in shared memory, [32][tile_cell()]: lanes side by side copy pieces of 16 bytes side by side. K of pq3 has
-// piece i of cell c at i ^ c / 2 % 4, for reads of neighbouring cells at once.
+// Codes of one side on their way to a warp's tile in shared memory, [32][tile_cell()]: lanes side by side copy pieces of 16 bytes side by side. pq3 has, but for V with
+// several rows, piece i of cell c at i ^ c / 2 % 4, for reads of neighbouring cells at once.
 template <int TYPE, bool IS_V, int R>
 struct tile_source {
     enum {
         N      = tile_cell(TYPE) / 16,   // pieces of a cell
         ROWS   = PQ_WARP / N,              // cells of a copy
         BY_ROW = TYPE == PQ_TYPE_PQ4,      // a lane's place is kept. The other types have no registers for that, and work it out
-        STEP   = TYPE == PQ_TYPE_PQ3 && R == 1, // see below
+        IN_TWO = TYPE == PQ_TYPE_PQ3 && R == 1, // see copy()
     };
     const uint8_t * lane_codes;            // of the part's first cell, at the lane's piece; BY_ROW: of its first row
     uint32_t        lane_dst;
     bool            idle;                  // pq3: the lane's piece is not of the cell
-    bool            one_line;              // STEP: the part's first cell lies in one line, as all do where rows are whole lines
+    bool            in_two;                // IN_TWO: half of a cell after the other
 
-    __device__ __forceinline__ tile_source(const uint8_t * codes, uint32_t row_stride, bool paired, uint32_t tile, int lane)
+    __device__ __forceinline__ tile_source(const uint8_t * codes, uint32_t row_stride, bool paired, bool in_two, uint32_t tile, int lane)
         : lane_codes(codes + (BY_ROW ? lane / N * row_stride : 0) + 16 * (lane % N)),
-          lane_dst(tile + 16 * (TYPE == PQ_TYPE_PQ3 && !IS_V ? lane ^ lane / (2 * N) % 4 : lane)),
-          idle(TYPE == PQ_TYPE_PQ3 && !paired && lane % N == 3), one_line(((uintptr_t) codes & 127) <= 64) {}
+          lane_dst(tile + 16 * (TYPE == PQ_TYPE_PQ3 && (!IS_V || R == 1) ? lane ^ lane / (2 * N) % 4 : lane)),
+          idle(TYPE == PQ_TYPE_PQ3 && !paired && lane % N == 3), in_two(in_two) {}
 
-    // Asks for tile i of n_cell cells; past the last one it is the last again. STEP: with one row shared memory is what bounds the loop, and of pq3 every fourth
-    // head takes two passes for a cell, which lies in two lines. The others would run ahead of it by more than L2 holds, and lines that heads share be read
-    // twice (32 heads of 131072 cells on an H100: 790 MB for 403). So they take two passes, too.
+    // Asks for tile i of n_cell cells; past the last one it is the last again. A copy takes a pass for every line of memory that its cells lie in, and with one row those
+    // passes count. Of pq3 some heads have cells in two lines, and the others would run ahead of them by more than L2 holds, so that lines which heads share were read
+    // twice (32 heads of 131072 cells on an H100: 790 MB for 403). So all heads take as many passes: see copy_passes().
     __device__ __forceinline__ void copy(int i, uint32_t row_stride, int n_cell, int lane) const {
         if constexpr (BY_ROW) {
             const uint8_t * src = lane_codes + (int64_t) i * (TILE_128 * (uint64_t) row_stride);
@@ -840,12 +958,12 @@ struct tile_source {
         } else {
             // worked out anew and without a sign: `lane` behind pq_opaque() may be negative for all that the compiler knows, which takes it more instructions
             const uint32_t first = i * TILE_128 + (uint32_t) pq_opaque((int) (threadIdx.x % PQ_WARP)) / N;
-            const bool     later = STEP && one_line && threadIdx.x % N >= 2;
+            const bool     later = IN_TWO && in_two && threadIdx.x % N >= 2;
 #pragma unroll
             for (int j = 0; j < N; j++) {
                 const uint8_t * src = pq_mad_wide(min(first + j * ROWS, (uint32_t) n_cell - 1), row_stride, lane_codes);
                 pq_copy_async_if(!idle && !later, lane_dst + 512 * j, src);
-                if (STEP) {
+                if (IN_TWO) {
                     pq_copy_async_if(!idle && later, lane_dst + 512 * j, src);
                 }
             }
@@ -1108,7 +1226,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     constexpr int L   = 16;
     constexpr int D   = 128;
     constexpr int N_Q = R == 1 ? query_words<KT>() : 32;
-    constexpr int N_O = R == 1 ? 2 : 2 * R;
+    constexpr int N_O = R == 1 ? v_lanes<VT, R>::HALF2 / 2 : 2 * R;
     constexpr int N_S = softmax_lane<R>::N;
     constexpr int N_GROUP_ENCODE = NT / PQ_ENCODE_FEW_THREADS;
     static_assert(NT % PQ_ENCODE_FEW_THREADS == 0, "every thread is of a group");
@@ -1168,6 +1286,25 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     if (!a.settled) {
         pq_pdl_wait();
     }
+    // The warp's tiles are first, first + NW, ... Warps that attend to the tail come last in every round.
+    const int nw_tail   = n_slots > 0 ? min(a.n_tail_warps, (n_slots + TAIL_STEP - 1) / TAIL_STEP) : 0;
+    const int warp_tile = warp < nw_tail ? NW - nw_tail + warp : warp - nw_tail;
+    // Where all rows have one mask, the lane's first tile and step of the tail are looked at ahead of everything else that there is to do before copies can begin.
+    const int  lane_tile  = warp_tile + lane * NW, lane_step = warp + lane * nw_tail;
+    const bool early_tile = a.one_mask && (lane_tile + 1) * TILE_128 <= n_cell;
+    const bool early_step = a.one_tail_mask && warp < nw_tail && (lane_step + 1) * TAIL_STEP <= n_slots;
+    uint4 tile_mask[TILE_128 / 8] = {}, step_mask = {};
+    if (early_tile) {
+        uint32_t of_stream = (uint32_t) stream;
+        const uint8_t * mask = a.p.mask + a.by_stream_mask.split(of_stream) * a.p.mask_stream_stride + (kv0 + (int64_t) lane_tile * TILE_128) * 2;
+#pragma unroll
+        for (int i = 0; i < TILE_128 / 8; i++) {
+            tile_mask[i] = pq_load_u128(mask + 16 * i); // which stays here: __ldg may be moved to where it is used
+        }
+    }
+    if (early_step) {
+        step_mask = pq_load_u128(a.p.tail.mask + stream * a.p.tail.mask_stream_stride + (slot0 + lane_step * TAIL_STEP) * 2);
+    }
     // Warps from the last one on see to the tokens: first ones have the tail.
     const int q_tok = NW - 1 - warp;
     if ((a.rope.q || a.rope.k) && q_tok < (int) a.p.n_q) {
@@ -1213,17 +1350,18 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     }
     __syncthreads(); // the rows, and turns
 
-    // The warp's tiles are first, first + NW, ... Warps that attend to the tail come last in every round.
-    const int nw_tail = n_slots > 0 ? min(a.n_tail_warps, (n_slots + TAIL_STEP - 1) / TAIL_STEP) : 0;
     auto cells_of  = [&](int tile) { return min(TILE_128, n_cell - tile * TILE_128); };
     auto seen_tile = [&](int tile) { return any_seen<R, false>(a, rows, kv0 + (int64_t) tile * TILE_128, cells_of(tile)); };
     auto seen_step = [&](int step) { return any_seen<R, true>(a, rows, slot0 + step * TAIL_STEP, min(TAIL_STEP, n_slots - step * TAIL_STEP)); };
-    seen_units tiles(warp < nw_tail ? NW - nw_tail + warp : warp - nw_tail, NW, n_tile, lane);
+    seen_units tiles(warp_tile, NW, n_tile, lane);
     seen_units steps(warp, nw_tail, warp < nw_tail ? (n_slots + TAIL_STEP - 1) / TAIL_STEP : 0, lane);
     const uint32_t k_tile = PQ_SHARED_BASE + a.smem_codes + warp * (K_BYTES + V_BYTES), v_tile = k_tile + K_BYTES;
     const uint32_t k_skip = tile_skip<KT>(k_codes, a.k_paired), v_skip = tile_skip<VT>(v_codes, a.v_paired);
-    const tile_source<KT, false, R> k_source(k_codes - k_skip, (uint32_t) a.p.k.row_stride, a.k_paired, k_tile, lane);
-    const tile_source<VT, true, R>  v_source(v_codes - v_skip, (uint32_t) a.p.v.row_stride, a.v_paired, v_tile, lane);
+    const bool k_lines = in_two_lines(KT, (uintptr_t) (k_codes - k_skip), a.k_paired), v_lines = in_two_lines(VT, (uintptr_t) (v_codes - v_skip), a.v_paired);
+    const int  n_missing = a.copy_passes - k_lines - v_lines; // passes that other heads take
+    const bool v_in_two = !v_lines && n_missing > 0, k_in_two = !k_lines && n_missing > v_in_two;
+    const tile_source<KT, false, R> k_source(k_codes - k_skip, (uint32_t) a.p.k.row_stride, a.k_paired, k_in_two, k_tile, lane);
+    const tile_source<VT, true, R>  v_source(v_codes - v_skip, (uint32_t) a.p.v.row_stride, a.v_paired, v_in_two, v_tile, lane);
     // one group of copies per call, even an empty one: the waits count groups
     auto load_k = [&](int i) {
         if (i >= 0) {
@@ -1237,16 +1375,14 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         }
         pq_copy_commit();
     };
-    // Whether the first query sees the lane's first step is asked for before tiles are looked for, or two loads would wait for memory one after the other; and both
-    // before copies are under way, which a load would wait behind. (Before 9.0 it would take registers from the loop.)
-    const int lane_step = warp + lane * nw_tail;
-    uint4 step_mask = make_uint4(0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u);
-    if (ONE_ASKS && a.tail_mask_by_16 && warp < nw_tail && (lane_step + 1) * TAIL_STEP <= n_slots) {
-        step_mask = __ldg((const uint4 *) (rows[0].tail_mask + (slot0 + lane_step * TAIL_STEP) * 2));
+    uint32_t tile_seen = 0;
+    const uint32_t step_seen = seen_cells(step_mask);
+#pragma unroll
+    for (int i = 0; i < TILE_128 / 8; i++) {
+        tile_seen |= seen_cells(tile_mask[i]);
     }
-    const int first_tile = tiles.next(seen_tile);
-    const bool step_seen = ((step_mask.x ^ 0xfc00fc00u) | (step_mask.y ^ 0xfc00fc00u) | (step_mask.z ^ 0xfc00fc00u) | (step_mask.w ^ 0xfc00fc00u)) != 0;
-    const int first_step = steps.next([&](int step) { return step_seen || seen_step(step); }); // a lane's first step is seen, or none of its round is
+    const int first_tile = tiles.next([&](int tile) { return early_tile && tile == lane_tile ? tile_seen != 0 : seen_tile(tile); });
+    const int first_step = steps.next([&](int step) { return early_step && step == lane_step ? step_seen != 0 : seen_step(step); });
     load_k(first_tile);
     load_v(first_tile);
     if (first_step >= 0) { // the first rows of the tail to L2, two lines each of K and V
@@ -1318,12 +1454,15 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         pq_bulk_wait(tables_here);
         int       tile = first_tile;
         k_lane    kl = {};
-        lane_side vl = {};
+        v_lane    vl = {};
         init_k_lane<KT>(kl, lane);
-        init_v_lane<VT>(vl, a.v, lane);
+        init_v_lane<VT, R>(vl, a.v, lane);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             vl.low[i] = pq_keep(vl.low[i], lane);
+        }
+        if (VT == PQ_TYPE_PQ3) {
+            vl.low2 = pq_keep(vl.low2, lane);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -1331,7 +1470,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         }
         v_order = vl.order;
         uint32_t v_own, v_shared;
-        v_place<VT>(lane, v_tile + v_skip, &v_own, &v_shared);
+        v_place<VT, R>(lane, v_tile, v_skip, &v_own, &v_shared);
         if (VT == PQ_TYPE_PQ3 && R > 1) {
             v_shared = pq_keep(v_shared, lane); // or it is added up again for every code; with one row it is not
         }
@@ -1453,7 +1592,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
                 sum *= f;
                 if constexpr (R == 1) {
 #pragma unroll
-                    for (int e = 0; e < 8; e++) {
+                    for (int e = 0; e < 4 * N_O; e++) {
                         o[e / 4][e % 4] *= f;
                     }
                 } else {
@@ -1489,8 +1628,8 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
                 load_mask(next);
             }
             auto v_unit_of = [&](int j) {
-                const v_unit c = read_v_unit<VT>(v_own + j * V_BYTES / N_SLOT, v_shared + j * V_BYTES / N_SLOT);
-                if (j == N_SLOT - 1) {
+                const v_unit c = read_v_unit<VT, R>(v_own, v_shared, j);
+                if (j == v_lanes<VT, R>::SLOTS - 1) {
                     __syncwarp();
                     load_v(next);
                 }
@@ -1521,8 +1660,8 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     __syncthreads();
 
     // ---- merge the warps, and the tail ----
-    float * merge = (float *) smem; // [NW][2][R][128], over the tables
-    constexpr uint32_t V_MAP = NW * 2 * R * D * sizeof(float);
+    float * merge = (float *) smem; // [NW][R][128], over the tables
+    constexpr uint32_t V_MAP = NW * R * D * sizeof(float);
     const uint32_t v_map = PQ_SHARED_BASE + V_MAP;
     if (any_tile && warp >= R) {
         copy_v_map<NT - R * PQ_WARP>(v_map, v_block, a.v, tid - R * PQ_WARP);
@@ -1543,17 +1682,25 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     }
     __syncthreads();
     if (any_tile) {
-        int cell, l;
-        v_lane_place<VT>(lane, &cell, &l);
+        float factor[R]; // before anything is stored, or each would wait for the row before it
 #pragma unroll
         for (int r = 0; r < R; r++) {
-            const float top    = head[4 * r];
-            const float factor = pq_exp2(ml[warp * R + r].x - (top == -CUDART_INF_F ? 0.0f : top));
+            const float top = head[4 * r];
+            factor[r] = pq_exp2(ml[warp * R + r].x - (top == -CUDART_INF_F ? 0.0f : top));
+        }
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float x = R == 1 ? o[i / 2][i % 2 * 2]     : o[r / 2 * 4 + i][r % 2];
-                const float y = R == 1 ? o[i / 2][i % 2 * 2 + 1] : o[r / 2 * 4 + i][r % 2 + 2];
-                *(float2 *) (merge + ((warp * 2 + cell) * R + r) * D + 8 * l + 2 * v_half2<VT>(i, v_order)) = make_float2(x * factor, y * factor);
+        for (int r = 0; r < R; r++) {
+            constexpr int N = v_lanes<VT, R>::HALF2;
+            float2 y[N], x[2];
+            int    at[2];
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                y[i] = R == 1 ? make_float2(o[i / 2][i % 2 * 2], o[i / 2][i % 2 * 2 + 1]) : make_float2(o[r / 2 * 4 + i][r % 2], o[r / 2 * 4 + i][r % 2 + 2]);
+            }
+            fold_cells<VT, R>(x, at, y, v_order, lane);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                *(float2 *) (merge + (warp * R + r) * D + 2 * at[i]) = make_float2(x[i].x * factor[r], x[i].y * factor[r]);
             }
         }
     }
@@ -1569,7 +1716,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         float x = 0.0f, xt = 0.0f;
         if (any_tile) {
 #pragma unroll 8
-            for (int w = 0; w < 2 * NW; w++) {
+            for (int w = 0; w < NW; w++) {
                 x += merge[w * R * D + i];
             }
         }

@@ -78,7 +78,7 @@ smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_
     const size_t NW = n_threads_128(R) / PQ_WARP;
     smem_layout_128 s;
     // after the tables their room serves the merge, beside it T_inv of V
-    size_t off = std::max((size_t) table_bytes(p.k.type, 16) + table_bytes(p.v.type, 16), NW * 2 * R * 128 * sizeof(float) + V_MAP_BYTES);
+    size_t off = std::max((size_t) table_bytes(p.k.type, 16) + table_bytes(p.v.type, 16), NW * R * 128 * sizeof(float) + V_MAP_BYTES);
     auto take = [&](size_t bytes) {
         const size_t at = off;
         off += (bytes + 15) / 16 * 16;
@@ -111,6 +111,21 @@ bool takes_kernel_128(const pq_attn_params & p, const pq_cuda_device_props & dev
 // Whether the codes of every two heads are whole sectors of memory.
 bool is_paired(const pq_attn_params & p, const pq_attn_side & s) {
     return ((uintptr_t) s.data | s.row_stride | s.stream_stride | 2 * s.head_stride) % 32 == 0 && s.head_stride == pq_head_bytes(s.type, s.D) && p.n_head_kv % 2 == 0;
+}
+
+// How many of a head's two sides have cells in two lines of memory, at most (pq3; of 8 heads side by side in whole lines, two).
+int copy_passes(const pq_attn_params & p) {
+    int n = 0;
+    for (int h = 0; h < p.n_head_kv; h++) {
+        int of_head = 0;
+        for (const pq_attn_side * s : { &p.k, &p.v }) {
+            const uintptr_t codes  = (uintptr_t) s->data + h * s->head_stride;
+            const bool      paired = is_paired(p, *s);
+            of_head += in_two_lines(s->type, paired ? codes & ~(uintptr_t) 16 : codes, paired); // see tile_skip()
+        }
+        n = std::max(n, of_head);
+    }
+    return n;
 }
 
 // Units of encoding of a step: strips of heads of both sides, unit_rows rows at a time.
@@ -345,9 +360,12 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
     a.n_attn_blocks   = plan.n_blocks;
     a.n_tail_warps    = plan.n_tail_warps;
     a.tail_mask_by_16 = ((uintptr_t) p.tail.mask | p.tail.mask_token_stride | p.tail.mask_stream_stride) % 16 == 0;
+    a.one_mask        = p.mask && p.n_q == 1 && p.n_head_mask == 1 && a.mask_by_16;
+    a.one_tail_mask   = p.n_q == 1 && a.tail_mask_by_16;
     a.early_tables  = plan.cells_per_split >= EARLY_CELLS && p.n_kv >= EARLY_N_KV;
     a.k_paired      = is_paired(p, p.k);
     a.v_paired      = is_paired(p, p.v);
+    a.copy_passes   = copy_passes(p);
     a.settled       = settled;
     a.dst_q8        = dst_q8;
     a.counters      = (uint32_t *) counters;

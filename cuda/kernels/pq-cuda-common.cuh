@@ -38,6 +38,12 @@ PQ_DEVICE uint32_t pq_load_u32(const uint16_t * p) {
     return x;
 }
 
+PQ_DEVICE uint4 pq_load_u128(const uint8_t * p) {
+    uint4 x;
+    asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+
 // p + a * b in one instruction; the compiler makes two of it
 PQ_DEVICE const uint8_t * pq_mad_wide(uint32_t a, uint32_t b, const uint8_t * p) {
     const uint8_t * x;

@@ -186,11 +186,12 @@ struct attn_case {
     int       n_head_mask, n_stream_mask;
     int       n_sm;      // for the plan: changes the split
     size_t    smem;      // for the plan: smaller devices take two phases
+    size_t    v_lead;    // bytes of a line before V's codes
 
     std::string name() const {
         char s[256];
-        snprintf(s, sizeof(s), "K %s V %s D %d heads %d/%d streams %d n_q %d n_kv %lld mask %d tail %d T %d cap %g alibi %g sinks %d sm %d", type_names[kt],
-                 type_names[vt], D, n_head, n_head_kv, n_stream, n_q, (long long) n_kv, (int) mask, n_tail, transform, softcap, max_bias, sinks, n_sm);
+        snprintf(s, sizeof(s), "K %s V %s D %d heads %d/%d streams %d n_q %d n_kv %lld mask %d tail %d T %d cap %g alibi %g sinks %d sm %d lead %zu", type_names[kt],
+                 type_names[vt], D, n_head, n_head_kv, n_stream, n_q, (long long) n_kv, (int) mask, n_tail, transform, softcap, max_bias, sinks, n_sm, v_lead);
         return s;
     }
 };
@@ -207,6 +208,18 @@ struct device_buf {
     device_buf & operator=(device_buf && o) { std::swap(p, o.p); std::swap(n, o.n); return *this; }
     ~device_buf() { cudaFree(p); }
 };
+
+// V's codes of a cache begin so far into a line of memory (llama_million_new_v).
+static size_t cache_v_lead(pq_type type) {
+    return type == PQ_TYPE_PQ3 ? 64 : 0;
+}
+
+// Bytes on the device, from `lead` on.
+static device_buf<uint8_t> with_lead(size_t lead, const std::vector<uint8_t> & x) {
+    std::vector<uint8_t> all(lead);
+    all.insert(all.end(), x.begin(), x.end());
+    return device_buf<uint8_t>(all);
+}
 
 // What a launch counts in, zero before and after.
 struct counters {
@@ -307,7 +320,7 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
     }
 
     // ---- device ----
-    device_buf<uint8_t> d_kb(k.with_tables(false)), d_vb(v.with_tables(true)), d_k(k.data), d_v(v.data);
+    device_buf<uint8_t> d_kb(k.with_tables(false)), d_vb(v.with_tables(true)), d_k(k.data), d_v(with_lead(c.v_lead, v.data));
     device_buf<float>   d_q(q), d_sinks(sinks), d_dst((size_t) c.n_stream * c.n_q * c.n_head * c.D);
     device_buf<uint16_t> d_mask(mask), d_tk(tail_k), d_tv(tail_v), d_tm(tail_mask);
     CUDA(cudaMemset(d_dst.p, 0xff, d_dst.n * sizeof(float)));
@@ -332,7 +345,7 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
         return s;
     };
     p.k = side(k, d_k.p, d_kb.p);
-    p.v = side(v, d_v.p, d_vb.p);
+    p.v = side(v, d_v.p + c.v_lead, d_vb.p);
     p.q               = (const uint8_t *) d_q.p;
     p.q_token_stride  = (size_t) c.D * 4;
     p.q_head_stride   = p.q_token_stride * c.n_q;
@@ -599,6 +612,7 @@ static void check_q8(const char * name, const std::vector<float> & x, const uint
 
 static void run_step(const step_case & c, const pq_cuda_device_props & props) {
     const int D = 128, H = c.n_head_kv, n_rows = c.n_q * c.n_stream;
+    const size_t v_lead = cache_v_lead(c.vt);
     char name[160];
     snprintf(name, sizeof(name), "step: K %s V %s heads %d/%d streams %d n_q %d n_kv %lld slots %d T %d rope %d", type_names[c.kt], type_names[c.vt], c.n_head, H,
              c.n_stream, c.n_q, (long long) c.n_kv, c.n_slots, c.transform, (int) c.rope);
@@ -635,7 +649,7 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
     for (int i = 0; i < n_rows; i++) { // nothing is there yet
         std::fill_n(&tail[slot[i] * H * D], H * D, F16_NAN);
     }
-    device_buf<uint8_t>  d_kb(k.with_tables(false)), d_vb(v.with_tables(true)), d_k[2] = { device_buf<uint8_t>(k.data), device_buf<uint8_t>(k.data) }, d_v[2] = { device_buf<uint8_t>(v.data), device_buf<uint8_t>(v.data) };
+    device_buf<uint8_t>  d_kb(k.with_tables(false)), d_vb(v.with_tables(true)), d_k[2] = { device_buf<uint8_t>(k.data), device_buf<uint8_t>(k.data) }, d_v[2] = { with_lead(v_lead, v.data), with_lead(v_lead, v.data) };
     device_buf<uint16_t> d_mask(mask), d_tm(tail_mask), d_tk[2] = { device_buf<uint16_t>(tail), device_buf<uint16_t>(tail) }, d_tv[2] = { device_buf<uint16_t>(tail), device_buf<uint16_t>(tail) };
     device_buf<int64_t>  d_cell(cell), d_slot(slot);
     const size_t n_out = (size_t) n_rows * c.n_head * D;
@@ -652,7 +666,7 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
             a.type = x.type; a.D = D; a.has_transform = x.transform;
             a.codebook = side ? d_vb.p : d_kb.p;
             a.tables   = a.codebook + x.blocks.size();
-            a.data = side ? d_v[i].p : d_k[i].p;
+            a.data = side ? d_v[i].p + v_lead : d_k[i].p;
             a.row_stride = x.row_stride; a.head_stride = x.head_bytes; a.stream_stride = cells_per_stream * x.row_stride;
             pq_encode_params & n = e[i][side];
             n.type = x.type; n.D = D; n.n_head_kv = H; n.n_rows = n_rows; n.codebook = a.codebook; n.has_transform = x.transform;
@@ -723,7 +737,7 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
             check(at == n, "%s: round %d: %s differ at byte %zu of %zu", name, round, what, at, n);
         };
         same("codes of K", d_k[0].p, d_k[1].p, k.data.size());
-        same("codes of V", d_v[0].p, d_v[1].p, v.data.size());
+        same("codes of V", d_v[0].p + v_lead, d_v[1].p + v_lead, v.data.size());
         same("tails of K", d_tk[0].p, d_tk[1].p, tail.size() * 2);
         same("tails of V", d_tv[0].p, d_tv[1].p, tail.size() * 2);
         same("results", d_dst[0].p, d_dst[1].p, n_out * sizeof(float));
@@ -770,7 +784,7 @@ static void test_step(const pq_cuda_device_props & props) {
 
 static void test(const pq_cuda_device_props & props, int only_D) {
     const pq_type P4 = PQ_TYPE_PQ4, P3 = PQ_TYPE_PQ3, P2 = PQ_TYPE_PQ2, F = PQ_TYPE_COUNT;
-    const attn_case base = { P4, P4, 128, 4, 4, 1, 1, 257, MASK_CAUSAL, 128, true, 0.0f, 0.0f, false, 1, 1, 0, 0 };
+    const attn_case base = { P4, P4, 128, 4, 4, 1, 1, 257, MASK_CAUSAL, 128, true, 0.0f, 0.0f, false, 1, 1, 0, 0, 0 };
     auto with = [&](auto f) {
         attn_case c = base;
         f(c);
@@ -790,6 +804,15 @@ static void test(const pq_cuda_device_props & props, int only_D) {
                     with([&](attn_case & c) { c.kt = kt; c.vt = vt; c.D = D; c.n_head = 2 * group; c.n_head_kv = 2; c.n_kv = 300; c.mask = MASK_RANDOM; });
                 }
                 with([&](attn_case & c) { c.kt = kt; c.vt = vt; c.D = D; c.n_head = 3; c.n_head_kv = 3; c.mask = MASK_SPARSE; c.n_kv = 1000; });
+            }
+        }
+    }
+    for (pq_type kt : { P4, P3, P2 }) { // rows of whole lines, of which some heads of pq3 have two
+        for (pq_type vt : { P4, P3, P2 }) {
+            for (size_t v_lead : { 0, 64 }) {
+                for (int group : { 1, 4 }) {
+                    with([&](attn_case & c) { c.kt = kt; c.vt = vt; c.n_head = 8 * group; c.n_head_kv = 8; c.n_kv = 1000; c.v_lead = v_lead; });
+                }
             }
         }
     }
@@ -1105,7 +1128,8 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
             s.row_stride    = row_bytes(c.type);
             s.head_stride   = s.row_stride / H;
             s.stream_stride = s.row_stride * n_kv;
-            s.data = random(s.stream_stride * n_batch);
+            const size_t lead = &c == &cv ? cache_v_lead(c.type) : 0;
+            s.data = random(s.stream_stride * n_batch + lead) + lead;
             if (!c.coded()) {
                 CUDA(cudaMemset((void *) s.data, 0x11, s.stream_stride * n_batch)); // random bits would hold NaN
             }
