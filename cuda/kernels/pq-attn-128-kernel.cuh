@@ -1256,8 +1256,8 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     }
     if ((int) blockIdx.x >= a.n_attn_blocks) {
         pq_pdl_launch_next();
-        const int n_groups = (gridDim.x - a.n_attn_blocks) * N_GROUP_ENCODE;
-        encode_units<KT, VT>(a, encode_smem, (blockIdx.x - a.n_attn_blocks) * N_GROUP_ENCODE + tid / PQ_ENCODE_FEW_THREADS, a.n_apart, n_groups);
+        const int n_blocks = gridDim.x - a.n_attn_blocks; // a second group of a block begins where every block has a first one
+        encode_units<KT, VT>(a, encode_smem, blockIdx.x - a.n_attn_blocks + tid / PQ_ENCODE_FEW_THREADS * n_blocks, a.n_apart, n_blocks * N_GROUP_ENCODE);
         return;
     }
     uint32_t b = blockIdx.x; // heads of one part of the context side by side: together they read whole rows of the cache

@@ -388,11 +388,10 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
         a.slot_base        = (p.tail.k - new_rows->tail) / (int64_t) new_rows->tail_row_stride;
         a.slots_per_stream = (int64_t) (p.tail.k_stream_stride / new_rows->tail_row_stride);
         // Multiprocessors without attention encode for as long as the others attend. What is left is for blocks that are not the last of their row group.
-        const int n_groups = plan.n_threads / PQ_ENCODE_FEW_THREADS;
         const int n_free   = std::max(plan.n_sm - plan.n_blocks, 0);
         a.n_apart   = (int32_t) n_units_apart(a.units.n, plan.encode_rows, n_free, plan.n_threads, plan.cells_per_split);
         a.n_helpers = a.n_apart == a.units.n ? 0 : (int32_t) n_helpers(plan.n_blocks, plan.n_split);
-        n_blocks   += std::min<int>(n_free, (int) div_up(a.n_apart, n_groups));
+        n_blocks   += std::min<int>(n_free, a.n_apart);
     }
     return plan.rows_per_block == 1 ? launch_128<1>(a, plan, n_blocks, stream)
          : plan.rows_per_block == 4 ? launch_128<4>(a, plan, n_blocks, stream)
