@@ -6,7 +6,7 @@
 //   pq-cuda-test step               the latter alone
 //   pq-cuda-test plan               the launch plan alone; needs no GPU
 //   pq-cuda-test bench [7b|8b [depth [type [query tokens [sequences]]]]]
-//                                   times: median of graph replays over more layers than the L2 cache holds; bytes of codes per second
+//                                   a result of two heads against plain loops, then times: median of graph replays over more layers than the L2 cache holds; bytes of codes per second
 //                                   and the fraction of the copy bandwidth measured in the same run. "After a product": as in a model, where a step
 //                                   finds its code and tables in memory and all multiprocessors busy; from step to step it begins early
 //   pq-cuda-test once 7b|8b depth type
@@ -24,6 +24,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <string>
 #include <vector>
@@ -243,6 +244,106 @@ static double slope_of(int h, int n_head, double max_bias) {
     return h < n ? pow(pow(2.0, -max_bias / n), h + 1) : pow(pow(2.0, -max_bias / 2.0 / n), 2 * (h - n) + 1);
 }
 
+// Attention of one query to one head in double precision.
+struct reference_row {
+    const host_side & k, & v;
+    int               head_kv;
+    int64_t           n_kv;
+    const uint8_t   * k_rows, * v_rows; // of the stream and head, row_stride apart
+    int               n_tail;
+    const uint16_t  * tail_k, * tail_v; // of the stream and head, tail_stride elements apart
+    size_t            tail_stride;
+    double            sink = -INFINITY;
+    std::function<double(double dot, int64_t cell, int slot /* of the tail; or -1 */)> score; // -inf: not seen
+    bool              sees_nothing = false; // afterwards
+
+    std::vector<double> attend(const float * q) {
+        const int     D = k.D, M_k = k.coded() ? pq_n_subspaces(k.type, D) : 0, M_v = v.coded() ? pq_n_subspaces(v.type, D) : 0;
+        const pq_spec sk = pq_get_spec(k.type), sv = pq_get_spec(v.type);
+        std::vector<double> qt(q, q + D), o(D, 0.0), ot(D, 0.0);
+        double q_mu = 0.0;
+        for (int j = 0; k.coded() && j < D; j++) {
+            q_mu += (double) q[j] * k.mu(head_kv)[j];
+            if (k.transform) {
+                qt[j] = 0.0;
+                for (int i = 0; i < D; i++) {
+                    qt[j] += from_f16(k.T_inv(head_kv)[j * D + i]) * q[i];
+                }
+            }
+        }
+        std::vector<double> lut((size_t) M_k * PQ_KSUB, 0.0), cv((size_t) D * PQ_KSUB);
+        for (int m = 0; m < M_k; m++) {
+            for (int e = 0; e < PQ_KSUB * sk.dsub; e++) {
+                lut[(size_t) m * PQ_KSUB + e / sk.dsub] += qt[m * sk.dsub + e % sk.dsub] * from_f16(k.centroids(head_kv)[(size_t) m * PQ_KSUB * sk.dsub + e]);
+            }
+        }
+        for (size_t e = 0; v.coded() && e < cv.size(); e++) {
+            cv[e] = from_f16(v.centroids(head_kv)[e]);
+        }
+        std::vector<double> scores(n_kv + n_tail);
+        double top = sink;
+        for (int64_t i = 0; i < n_kv; i++) {
+            const uint8_t * row = k_rows + i * k.row_stride;
+            double x = q_mu;
+            for (int m = 0; m < M_k; m++) {
+                x += lut[(size_t) m * PQ_KSUB + pq_code_get(k.type, D, row, m)];
+            }
+            for (int d = 0; d < D && !k.coded(); d++) {
+                x += q[d] * from_f16(((const uint16_t *) row)[d]);
+            }
+            scores[i] = score(x, i, -1);
+            top = std::max(top, scores[i]);
+        }
+        for (int i = 0; i < n_tail; i++) {
+            double x = 0.0;
+            for (int d = 0; d < D; d++) {
+                x += q[d] * from_f16(tail_k[i * tail_stride + d]);
+            }
+            scores[n_kv + i] = score(x, 0, i);
+            top = std::max(top, scores[n_kv + i]);
+        }
+        double total = sink == -INFINITY ? 0.0 : exp(sink - top), coded = 0.0;
+        for (int64_t i = 0; i < n_kv + n_tail; i++) {
+            const double w = scores[i] == -INFINITY ? 0.0 : exp(scores[i] - top);
+            if (w == 0.0) {
+                continue;
+            }
+            total += w;
+            if (i >= n_kv) {
+                for (int d = 0; d < D; d++) {
+                    ot[d] += w * from_f16(tail_v[(i - n_kv) * tail_stride + d]);
+                }
+                continue;
+            }
+            coded += w;
+            const uint8_t * row = v_rows + i * v.row_stride;
+            for (int m = 0; m < M_v; m++) {
+                const double * y = &cv[((size_t) m * PQ_KSUB + pq_code_get(v.type, D, row, m)) * sv.dsub];
+                for (int e = 0; e < sv.dsub; e++) {
+                    o[m * sv.dsub + e] += w * y[e];
+                }
+            }
+            for (int d = 0; d < D && !v.coded(); d++) {
+                o[d] += w * from_f16(((const uint16_t *) row)[d]);
+            }
+        }
+        sees_nothing = total == 0.0 || top == -INFINITY;
+        std::vector<double> result(D);
+        for (int d = 0; d < D; d++) {
+            double x = o[d];
+            if (v.coded() && v.transform) {
+                x = 0.0;
+                for (int j = 0; j < D; j++) {
+                    x += o[j] * from_f16(v.T_inv(head_kv)[j * D + d]);
+                }
+            }
+            x += ot[d] + (v.coded() ? coded * v.mu(head_kv)[d] : 0.0);
+            result[d] = total == 0.0 ? 0.0 : x / total;
+        }
+        return result;
+    }
+};
+
 static double worst_nmse = 0.0;
 
 static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
@@ -402,99 +503,26 @@ static void run_case(const attn_case & c, const pq_cuda_device_props & real) {
     const int step = c.n_kv * c.n_head * c.n_q * c.n_stream > (1 << 18) ? std::max(1, c.n_head / 4 - 1) : 1; // sampled heads
     for (int s = 0; s < c.n_stream; s++) {
         for (int h = 0; h < c.n_head; h += step) {
-            const int hk = h / n_group, M_k = k.coded() ? pq_n_subspaces(k.type, c.D) : 0, M_v = v.coded() ? pq_n_subspaces(v.type, c.D) : 0;
-            const pq_spec sk = pq_get_spec(k.type), sv = pq_get_spec(v.type);
+            const int    hk    = h / n_group;
+            const size_t tail  = ((size_t) s * c.n_head_kv + hk) * c.n_tail * c.D;
+            const double slope = slope_of(h, c.n_head, c.max_bias);
             for (int t = 0; t < c.n_q; t++) {
-                const float * qr = &q[(((size_t) s * c.n_head + h) * c.n_q + t) * c.D];
-                std::vector<double> qt(qr, qr + c.D), o(c.D, 0.0), ot(c.D, 0.0);
-                double q_mu = 0.0;
-                for (int j = 0; k.coded() && j < c.D; j++) {
-                    q_mu += (double) qr[j] * k.mu(hk)[j];
-                    if (k.transform) {
-                        qt[j] = 0.0;
-                        for (int i = 0; i < c.D; i++) {
-                            qt[j] += from_f16(k.T_inv(hk)[j * c.D + i]) * qr[i];
-                        }
-                    }
-                }
-                std::vector<double> lut((size_t) M_k * PQ_KSUB, 0.0), cv((size_t) c.D * PQ_KSUB);
-                for (int m = 0; m < M_k; m++) {
-                    for (int e = 0; e < PQ_KSUB * sk.dsub; e++) {
-                        lut[(size_t) m * PQ_KSUB + e / sk.dsub] += qt[m * sk.dsub + e % sk.dsub] * from_f16(k.centroids(hk)[(size_t) m * PQ_KSUB * sk.dsub + e]);
-                    }
-                }
-                for (size_t e = 0; v.coded() && e < cv.size(); e++) {
-                    cv[e] = from_f16(v.centroids(hk)[e]);
-                }
-                const double slope = slope_of(h, c.n_head, c.max_bias);
-                auto post = [&](double x, uint16_t m) {
-                    x *= p.scale;
-                    x  = c.softcap != 0.0f ? c.softcap * tanh(x / c.softcap) : x;
-                    return m == F16_MINUS_INF ? -INFINITY : x + slope * from_f16(m);
+                reference_row x = { k, v, hk, c.n_kv, k.row(s, 0, hk), v.row(s, 0, hk), c.n_tail, tail_k.data() + tail, tail_v.data() + tail, (size_t) c.D };
+                x.sink  = c.sinks ? sinks[h] : -INFINITY;
+                x.score = [&](double dot, int64_t cell, int slot) {
+                    const uint16_t m = slot >= 0 ? tail_mask[((size_t) s * c.n_q + t) * n_tail_ld + slot] : c.mask == MASK_NONE ? 0 : mask_at(s, h, t, cell);
+                    dot *= p.scale;
+                    dot  = c.softcap != 0.0f ? c.softcap * tanh(dot / c.softcap) : dot;
+                    return m == F16_MINUS_INF ? -INFINITY : dot + slope * from_f16(m);
                 };
-                std::vector<double> score(c.n_kv + c.n_tail);
-                double top = c.sinks ? sinks[h] : -INFINITY;
-                for (int64_t i = 0; i < c.n_kv; i++) {
-                    const uint8_t * row = k.row(s, i, hk);
-                    double x = q_mu;
-                    for (int m = 0; m < M_k; m++) {
-                        x += lut[(size_t) m * PQ_KSUB + pq_code_get(k.type, k.D, row, m)];
-                    }
-                    for (int d = 0; d < c.D && !k.coded(); d++) {
-                        x += qr[d] * from_f16(((const uint16_t *) row)[d]);
-                    }
-                    score[i] = post(x, c.mask == MASK_NONE ? 0 : mask_at(s, h, t, i));
-                    top = std::max(top, score[i]);
-                }
-                for (int i = 0; i < c.n_tail; i++) {
-                    double x = 0.0;
-                    for (int d = 0; d < c.D; d++) {
-                        x += qr[d] * from_f16(tail_k[(((size_t) s * c.n_head_kv + hk) * c.n_tail + i) * c.D + d]);
-                    }
-                    score[c.n_kv + i] = post(x, tail_mask[((size_t) s * c.n_q + t) * n_tail_ld + i]);
-                    top = std::max(top, score[c.n_kv + i]);
-                }
-                double total = c.sinks ? exp(sinks[h] - top) : 0.0, coded = 0.0;
-                for (int64_t i = 0; i < c.n_kv + c.n_tail; i++) {
-                    const double w = score[i] == -INFINITY ? 0.0 : exp(score[i] - top);
-                    if (w == 0.0) {
-                        continue;
-                    }
-                    total += w;
-                    if (i >= c.n_kv) {
-                        for (int d = 0; d < c.D; d++) {
-                            ot[d] += w * from_f16(tail_v[(((size_t) s * c.n_head_kv + hk) * c.n_tail + i - c.n_kv) * c.D + d]);
-                        }
-                        continue;
-                    }
-                    coded += w;
-                    const uint8_t * row = v.row(s, i, hk);
-                    for (int m = 0; m < M_v; m++) {
-                        const double * y = &cv[((size_t) m * PQ_KSUB + pq_code_get(v.type, v.D, row, m)) * sv.dsub];
-                        for (int e = 0; e < sv.dsub; e++) {
-                            o[m * sv.dsub + e] += w * y[e];
-                        }
-                    }
-                    for (int d = 0; d < c.D && !v.coded(); d++) {
-                        o[d] += w * from_f16(((const uint16_t *) row)[d]);
-                    }
-                }
+                const std::vector<double> want = x.attend(&q[(((size_t) s * c.n_head + h) * c.n_q + t) * c.D]);
                 const float * dst = &got[(((size_t) s * c.n_q + t) * c.n_head + h) * c.D];
                 for (int d = 0; d < c.D; d++) {
-                    double x = o[d];
-                    if (v.coded() && v.transform) {
-                        x = 0.0;
-                        for (int j = 0; j < c.D; j++) {
-                            x += o[j] * from_f16(v.T_inv(hk)[j * c.D + d]);
-                        }
-                    }
-                    x += ot[d] + (v.coded() ? coded * v.mu(hk)[d] : 0.0);
-                    x = total == 0.0 ? 0.0 : x / total;
-                    if (total == 0.0 || top == -INFINITY) {
+                    if (x.sees_nothing) {
                         check(dst[d] == 0.0f, "%s: stream %d head %d query %d sees nothing, element %d is %g", c.name().c_str(), s, h, t, d, dst[d]);
                     }
-                    err2 += (dst[d] - x) * (dst[d] - x);
-                    ref2 += x * x;
+                    err2 += (dst[d] - want[d]) * (dst[d] - want[d]);
+                    ref2 += want[d] * want[d];
                 }
             }
         }
@@ -1037,6 +1065,9 @@ static double copy_gb_s() {
 }
 
 struct bench_setup {
+    host_side                        k, v;                       // codebooks, and rows of one head
+    std::vector<float>               q_host;                     // [stream][head][token][D]
+    std::vector<uint16_t>            mask_host, tail_mask_host;  // of any token
     std::vector<device_buf<uint8_t>> buffers; // of all layers
     std::vector<pq_attn_params>      layers;
     std::vector<pq_encode_params>    new_rows; // K and V of each layer; empty when a side is plain
@@ -1079,6 +1110,9 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
     }
     b.q   = device_buf<float>(q);
     b.dst = device_buf<float>(q.size());
+    b.q_host         = q;
+    b.mask_host      = mask;
+    b.tail_mask_host = tail_mask;
 
     auto row_bytes = [&](pq_type t) { return t < PQ_TYPE_COUNT ? pq_head_bytes(t, D) * H : (size_t) D * 2 * H; };
     b.code_bytes = (double) n_batch * (double) std::max<int64_t>(depth - W, 0) * (double) (row_bytes(kt) + row_bytes(vt));
@@ -1094,7 +1128,10 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
         if (c->coded()) {
             make_codebook(*c, r, true, c == &ck);
         }
+        c->row_stride = row_bytes((pq_type) c->type) / H;
     }
+    b.k = ck;
+    b.v = cv;
     std::vector<float> x((size_t) n_batch * n_q * H * D);
     for (float & f : x) {
         f = r.normal();
@@ -1178,6 +1215,39 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
     return b;
 }
 
+// A result before it is timed: the first and the last head of the first sequence and the last token, against double precision.
+static void check_bench(const bench_setup & b, const char * name) {
+    const pq_attn_params & p = b.layers[0];
+    CUDA(pq_cuda_attn(p, b.plan, b.scratch.p, b.counters.p, 0));
+    std::vector<float> got(b.dst.n);
+    CUDA(cudaMemcpy(got.data(), b.dst.p, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
+    const int D = p.k.D, t = (int) p.n_q - 1;
+    double err2 = 0.0, ref2 = 0.0;
+    for (int h : { 0, (int) p.n_head - 1 }) {
+        const int hk = h / (p.n_head / p.n_head_kv);
+        auto rows = [&](const uint8_t * from, size_t from_stride, size_t n_bytes, int64_t n) {
+            std::vector<uint8_t> x(n_bytes * n);
+            CUDA(cudaMemcpy2D(x.data(), n_bytes, from, from_stride, n_bytes, n, cudaMemcpyDeviceToHost));
+            return x;
+        };
+        const std::vector<uint8_t> k      = rows(p.k.data + hk * p.k.head_stride, p.k.row_stride, b.k.row_stride, p.n_kv);
+        const std::vector<uint8_t> v      = rows(p.v.data + hk * p.v.head_stride, p.v.row_stride, b.v.row_stride, p.n_kv);
+        const std::vector<uint8_t> tail_k = rows(p.tail.k + hk * p.tail.k_head_stride, p.tail.k_row_stride, D * 2, p.tail.n);
+        const std::vector<uint8_t> tail_v = rows(p.tail.v + hk * p.tail.v_head_stride, p.tail.v_row_stride, D * 2, p.tail.n);
+        reference_row x = { b.k, b.v, hk, p.n_kv, k.data(), v.data(), (int) p.tail.n, (const uint16_t *) tail_k.data(), (const uint16_t *) tail_v.data(), (size_t) D };
+        x.score = [&](double dot, int64_t cell, int slot) {
+            return (slot >= 0 ? b.tail_mask_host[slot] : b.mask_host[cell]) == F16_MINUS_INF ? -INFINITY : dot * p.scale;
+        };
+        const std::vector<double> want = x.attend(&b.q_host[((size_t) h * p.n_q + t) * D]);
+        for (int d = 0; d < D; d++) {
+            const double y = got[((size_t) t * p.n_head + h) * D + d];
+            err2 += (y - want[d]) * (y - want[d]);
+            ref2 += want[d] * want[d];
+        }
+    }
+    check(err2 <= 1e-5 * ref2, "%s: NMSE %.3g", name, err2 / ref2);
+}
+
 enum bench_what { ATTENTION, ENCODE_AND_ATTENTION, STEP, PRODUCT, PRODUCT_AND_STEP };
 
 // Stands for the products with the weights of a layer: it reads as much, from memory, and takes all multiprocessors until its end.
@@ -1246,6 +1316,9 @@ static std::vector<float> time_layers(const bench_setup & b, bench_what what) {
 
 static void bench_one(bool mha, int64_t depth, pq_type kt, pq_type vt, int n_q, int n_batch, const pq_cuda_device_props & props, double copy) {
     const bench_setup b = make_bench(mha, depth, kt, vt, n_q, n_batch, props, 1000);
+    char name[96];
+    snprintf(name, sizeof(name), "bench: %s K %s V %s depth %lld n_q %d x %d", mha ? "7b" : "8b", type_names[kt], type_names[vt], (long long) depth, n_q, n_batch);
+    check_bench(b, name);
     const std::vector<float> us = time_layers(b, ATTENTION);
     const double t = us[us.size() / 2], gb_s = b.code_bytes / t * 1e-3;
     printf("%-3s %-3s/%-3s n_q %d x %d  depth %8lld  split %3d  attention %8.2f us (min %.2f max %.2f)  %6.0f GB/s %5.1f%% of copy", mha ? "7b" : "8b", type_names[kt], type_names[vt], n_q,
@@ -1339,7 +1412,8 @@ int main(int argc, char ** argv) {
                 bench_one(mha, 8192, PQ_TYPE_PQ4, PQ_TYPE_PQ4, 1, 8, props, copy);
             }
         }
-        return 0;
+        printf("%d results checked, %d failed\n", n_checks, n_failed);
+        return n_failed ? 1 : 0;
     }
     printf("usage: pq-cuda-test [test [D] | quick [step] | step | plan | bench [7b|8b [depth [type [query tokens [sequences]]]]] | once 7b|8b depth type]\n");
     return 2;
