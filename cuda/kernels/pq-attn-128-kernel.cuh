@@ -59,7 +59,7 @@ struct args_128 : args {
     int32_t    one_mask, one_tail_mask; // all rows of a stream have one, at a multiple of 16 bytes
     int32_t    early_tables;  // ask for the tables without asking masks first: a part so large has cells that somebody sees
     int32_t    k_paired, v_paired; // pq3: see tile_cell
-    int32_t    copy_passes;   // see there
+    int32_t    copy_passes;   // pq3: how many sides of a head have cells in two lines of memory, at most
     int32_t    settled;       // nothing but queries and new rows is still being written when the kernel starts
     uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups]; 0 before and after a launch
     // The rows of this step, not yet written. n_new 0: they are.
@@ -87,7 +87,7 @@ PQ_DEVICE uint32_t tile_skip(const uint8_t * codes, bool paired) {
     return TYPE == PQ_TYPE_PQ3 && paired ? (uint32_t) (uintptr_t) codes & 16 : 0;
 }
 
-// Whether a cell's codes, as they are copied, lie in two lines of memory. Those of the first cell tell of all, where rows are whole lines.
+// Whether a cell's codes, as they are copied, lie in two lines of memory. Those of the first cell tell of all where rows are whole lines; elsewhere copy_passes is 0.
 static inline __host__ __device__ bool in_two_lines(int type, uintptr_t codes, bool paired) {
     return type == PQ_TYPE_PQ3 && (codes & 127) + (paired ? 64 : 48) > 128;
 }
@@ -205,7 +205,7 @@ PQ_DEVICE void v_lane_place(int lane, int * cell, int * l) {
 struct v_lane {
     uint32_t low[2], low2; // address bytes that are the lane's, as PRMT takes them; low2: of the codes that pq3 shares
     uint32_t pick[4];      // PRMT selectors
-    int32_t  order;        // pq3, pq4: lookup i is of code i ^ order of the lane's
+    int32_t  order;        // what comes at place i of the lane's is its code i ^ order (pq2: half2 i ^ order)
 };
 
 template <int TYPE, int R>
@@ -938,7 +938,7 @@ struct tile_source {
 
     // Asks for tile i of n_cell cells; past the last one it is the last again. A copy takes a pass for every line of memory that its cells lie in, and with one row those
     // passes count. Of pq3 some heads have cells in two lines, and the others would run ahead of them by more than L2 holds, so that lines which heads share were read
-    // twice (32 heads of 131072 cells on an H100: 790 MB for 403). So all heads take as many passes: see copy_passes().
+    // twice (32 heads of 131072 cells on an H100: 790 MB for 403). So all heads take as many passes (args_128::copy_passes).
     __device__ __forceinline__ void copy(int i, uint32_t row_stride, int n_cell, int lane) const {
         if constexpr (BY_ROW) {
             const uint8_t * src = lane_codes + (int64_t) i * (TILE_128 * (uint64_t) row_stride);
@@ -1359,7 +1359,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     const uint32_t k_skip = tile_skip<KT>(k_codes, a.k_paired), v_skip = tile_skip<VT>(v_codes, a.v_paired);
     const bool k_lines = in_two_lines(KT, (uintptr_t) (k_codes - k_skip), a.k_paired), v_lines = in_two_lines(VT, (uintptr_t) (v_codes - v_skip), a.v_paired);
     const int  n_missing = a.copy_passes - k_lines - v_lines; // passes that other heads take
-    const bool v_in_two = !v_lines && n_missing > 0, k_in_two = !k_lines && n_missing > v_in_two;
+    const bool v_in_two = VT == PQ_TYPE_PQ3 && !v_lines && n_missing > 0, k_in_two = KT == PQ_TYPE_PQ3 && !k_lines && n_missing > v_in_two;
     const tile_source<KT, false, R> k_source(k_codes - k_skip, (uint32_t) a.p.k.row_stride, a.k_paired, k_in_two, k_tile, lane);
     const tile_source<VT, true, R>  v_source(v_codes - v_skip, (uint32_t) a.p.v.row_stride, a.v_paired, v_in_two, v_tile, lane);
     // one group of copies per call, even an empty one: the waits count groups

@@ -113,12 +113,15 @@ bool is_paired(const pq_attn_params & p, const pq_attn_side & s) {
     return ((uintptr_t) s.data | s.row_stride | s.stream_stride | 2 * s.head_stride) % 32 == 0 && s.head_stride == pq_head_bytes(s.type, s.D) && p.n_head_kv % 2 == 0;
 }
 
-// How many of a head's two sides have cells in two lines of memory, at most (pq3; of 8 heads side by side in whole lines, two).
+// How many of a head's two sides have cells in two lines of memory, at most. Of eight heads of pq3 side by side two have, on each side.
 int copy_passes(const pq_attn_params & p) {
     int n = 0;
     for (int h = 0; h < p.n_head_kv; h++) {
         int of_head = 0;
         for (const pq_attn_side * s : { &p.k, &p.v }) {
+            if ((s->row_stride | s->stream_stride) % 128 != 0) {
+                return 0;
+            }
             const uintptr_t codes  = (uintptr_t) s->data + h * s->head_stride;
             const bool      paired = is_paired(p, *s);
             of_head += in_two_lines(s->type, paired ? codes & ~(uintptr_t) 16 : codes, paired); // see tile_skip()
@@ -387,7 +390,8 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
         a.units = { (int32_t) n_encode_units(new_rows->n_rows, plan.encode_rows, p.n_head_kv), (int32_t) new_rows->n_rows, plan.encode_rows, p.n_head_kv, small_divisor(2 * p.n_head_kv) };
         a.slot_base        = (p.tail.k - new_rows->tail) / (int64_t) new_rows->tail_row_stride;
         a.slots_per_stream = (int64_t) (p.tail.k_stream_stride / new_rows->tail_row_stride);
-        // Multiprocessors without attention encode for as long as the others attend. What is left is for blocks that are not the last of their row group.
+        // Multiprocessors without attention encode for as long as the others attend, side by side before one after the other. What is left is for blocks that are not the last of their
+        // row group.
         const int n_free   = std::max(plan.n_sm - plan.n_blocks, 0);
         a.n_apart   = (int32_t) n_units_apart(a.units.n, plan.encode_rows, n_free, plan.n_threads, plan.cells_per_split);
         a.n_helpers = a.n_apart == a.units.n ? 0 : (int32_t) n_helpers(plan.n_blocks, plan.n_split);

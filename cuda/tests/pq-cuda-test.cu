@@ -840,6 +840,7 @@ static void test(const pq_cuda_device_props & props, int only_D) {
             for (size_t v_lead : { 0, 64 }) {
                 for (int group : { 1, 4 }) {
                     with([&](attn_case & c) { c.kt = kt; c.vt = vt; c.n_head = 8 * group; c.n_head_kv = 8; c.n_kv = 1000; c.v_lead = v_lead; });
+                    with([&](attn_case & c) { c.kt = kt; c.vt = vt; c.n_head = 8 * group; c.n_head_kv = 8; c.n_kv = 2000; c.v_lead = v_lead; c.mask = MASK_SPARSE; });
                 }
             }
         }
@@ -868,6 +869,7 @@ static void test(const pq_cuda_device_props & props, int only_D) {
     for (int n_stream : { 2, 3 }) {
         with([&](attn_case & c) { c.n_stream = n_stream; c.n_stream_mask = n_stream; c.mask = MASK_RANDOM; });
         with([&](attn_case & c) { c.n_stream = n_stream; c.n_stream_mask = 1; c.n_q = 2; c.vt = P3; });
+        with([&](attn_case & c) { c.n_stream = n_stream; c.n_stream_mask = 1; c.mask = MASK_RANDOM; c.n_kv = 4096; });
     }
     for (float cap : { 0.0f, 5.0f }) {
         for (float max_bias : { 0.0f, 8.0f }) {
@@ -1031,12 +1033,17 @@ static void test_plan() {
 
 // ---- benchmark ----
 
-__global__ void fill_random(uint32_t * x, size_t n, uint32_t seed) {
+__global__ void fill_random(uint32_t * x, size_t n, uint32_t seed, uint32_t keep = 0xffffffff) {
     for (size_t i = blockIdx.x * (size_t) blockDim.x + threadIdx.x; i < n; i += (size_t) gridDim.x * blockDim.x) {
         uint32_t h = (uint32_t) i * 0x9e3779b9u ^ (uint32_t) (i >> 32) ^ seed;
         h ^= h >> 16; h *= 0x7feb352du; h ^= h >> 15; h *= 0x846ca68bu; h ^= h >> 16;
-        x[i] = h;
+        x[i] = h & keep;
     }
+}
+
+// Halves below 2: any bits would hold NaN.
+static void fill_halves(uint8_t * x, size_t n_bytes) {
+    fill_random<<<1024, 256>>>((uint32_t *) x, n_bytes / 4, (uint32_t) n_bytes, 0xbfffbfffu);
 }
 
 static float median(std::vector<float> v) {
@@ -1168,7 +1175,7 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
             const size_t lead = &c == &cv ? cache_v_lead(c.type) : 0;
             s.data = random(s.stream_stride * n_batch + lead) + lead;
             if (!c.coded()) {
-                CUDA(cudaMemset((void *) s.data, 0x11, s.stream_stride * n_batch)); // random bits would hold NaN
+                fill_halves((uint8_t *) s.data, s.stream_stride * n_batch);
             }
             return s;
         };
@@ -1183,7 +1190,7 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
         const size_t tail_bytes = (size_t) n_batch * H * n_tail * D * 2;
         for (const uint8_t ** x : { &p.tail.k, &p.tail.v }) {
             uint8_t * y = random(tail_bytes);
-            CUDA(cudaMemset(y, 0x11, tail_bytes)); // random bits would hold NaN
+            fill_halves(y, tail_bytes);
             *x = y;
         }
         p.tail.k_row_stride = p.tail.v_row_stride = (size_t) H * D * 2; // as the cache lays it out: [slots][n_head_kv][D]
