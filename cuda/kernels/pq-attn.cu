@@ -115,18 +115,17 @@ bool is_paired(const pq_attn_params & p, const pq_attn_side & s) {
 
 // How many of a head's two sides have cells in two lines of memory, at most. Of eight heads of pq3 side by side two have, on each side.
 int copy_passes(const pq_attn_params & p) {
+    if ((p.k.row_stride | p.k.stream_stride | p.v.row_stride | p.v.stream_stride) % 128 != 0) {
+        return 0;
+    }
+    auto in_two = [&](const pq_attn_side & s, int h) {
+        const uintptr_t codes  = (uintptr_t) s.data + h * s.head_stride;
+        const bool      paired = is_paired(p, s);
+        return in_two_lines(s.type, paired ? codes & ~(uintptr_t) 16 : codes, paired); // see tile_skip()
+    };
     int n = 0;
     for (int h = 0; h < p.n_head_kv; h++) {
-        int of_head = 0;
-        for (const pq_attn_side * s : { &p.k, &p.v }) {
-            if ((s->row_stride | s->stream_stride) % 128 != 0) {
-                return 0;
-            }
-            const uintptr_t codes  = (uintptr_t) s->data + h * s->head_stride;
-            const bool      paired = is_paired(p, *s);
-            of_head += in_two_lines(s->type, paired ? codes & ~(uintptr_t) 16 : codes, paired); // see tile_skip()
-        }
-        n = std::max(n, of_head);
+        n = std::max(n, in_two(p.k, h) + in_two(p.v, h));
     }
     return n;
 }
@@ -368,7 +367,7 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
     a.early_tables  = plan.cells_per_split >= EARLY_CELLS && p.n_kv >= EARLY_N_KV;
     a.k_paired      = is_paired(p, p.k);
     a.v_paired      = is_paired(p, p.v);
-    a.copy_passes   = copy_passes(p);
+    a.copy_passes   = plan.rows_per_block == 1 ? copy_passes(p) : 0; // with more rows they do not count
     a.settled       = settled;
     a.dst_q8        = dst_q8;
     a.counters      = (uint32_t *) counters;

@@ -210,11 +210,6 @@ struct device_buf {
     ~device_buf() { cudaFree(p); }
 };
 
-// V's codes of a cache begin so far into a line of memory (llama_million_new_v).
-static size_t cache_v_lead(pq_type type) {
-    return type == PQ_TYPE_PQ3 ? 64 : 0;
-}
-
 // Bytes on the device, from `lead` on.
 static device_buf<uint8_t> with_lead(size_t lead, const std::vector<uint8_t> & x) {
     std::vector<uint8_t> all(lead);
@@ -640,7 +635,7 @@ static void check_q8(const char * name, const std::vector<float> & x, const uint
 
 static void run_step(const step_case & c, const pq_cuda_device_props & props) {
     const int D = 128, H = c.n_head_kv, n_rows = c.n_q * c.n_stream;
-    const size_t v_lead = cache_v_lead(c.vt);
+    const size_t v_lead = pq_v_lead(c.vt);
     char name[160];
     snprintf(name, sizeof(name), "step: K %s V %s heads %d/%d streams %d n_q %d n_kv %lld slots %d T %d rope %d", type_names[c.kt], type_names[c.vt], c.n_head, H,
              c.n_stream, c.n_q, (long long) c.n_kv, c.n_slots, c.transform, (int) c.rope);
@@ -1033,17 +1028,14 @@ static void test_plan() {
 
 // ---- benchmark ----
 
-__global__ void fill_random(uint32_t * x, size_t n, uint32_t seed, uint32_t keep = 0xffffffff) {
+static const uint32_t ALL_BITS = 0xffffffffu, BITS_OF_HALVES = 0xbfffbfffu; // halves below 2: any bits would hold NaN
+
+__global__ void fill_random(uint32_t * x, size_t n, uint32_t seed, uint32_t keep) {
     for (size_t i = blockIdx.x * (size_t) blockDim.x + threadIdx.x; i < n; i += (size_t) gridDim.x * blockDim.x) {
         uint32_t h = (uint32_t) i * 0x9e3779b9u ^ (uint32_t) (i >> 32) ^ seed;
         h ^= h >> 16; h *= 0x7feb352du; h ^= h >> 15; h *= 0x846ca68bu; h ^= h >> 16;
         x[i] = h & keep;
     }
-}
-
-// Halves below 2: any bits would hold NaN.
-static void fill_halves(uint8_t * x, size_t n_bytes) {
-    fill_random<<<1024, 256>>>((uint32_t *) x, n_bytes / 4, (uint32_t) n_bytes, 0xbfffbfffu);
 }
 
 static float median(std::vector<float> v) {
@@ -1054,7 +1046,7 @@ static float median(std::vector<float> v) {
 static double copy_gb_s() {
     const size_t n = (size_t) 2 << 30;
     device_buf<uint8_t> a(n), b(n);
-    fill_random<<<1024, 256>>>((uint32_t *) a.p, n / 4, 1);
+    fill_random<<<1024, 256>>>((uint32_t *) a.p, n / 4, 1, ALL_BITS);
     cudaEvent_t e0, e1;
     CUDA(cudaEventCreate(&e0));
     CUDA(cudaEventCreate(&e1));
@@ -1154,9 +1146,9 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
     b.cells = device_buf<int64_t>(cells);
     b.slots = device_buf<int64_t>(slots);
     for (int l = 0; l < n_layer; l++) {
-        auto random = [&](size_t n) {
+        auto random = [&](size_t n, uint32_t keep) {
             b.buffers.emplace_back(n);
-            fill_random<<<1024, 256>>>((uint32_t *) b.buffers.back().p, n / 4, (uint32_t) b.buffers.size());
+            fill_random<<<1024, 256>>>((uint32_t *) b.buffers.back().p, n / 4, (uint32_t) b.buffers.size(), keep);
             return b.buffers.back().p;
         };
         pq_attn_params p = {};
@@ -1172,11 +1164,8 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
             s.row_stride    = row_bytes(c.type);
             s.head_stride   = s.row_stride / H;
             s.stream_stride = s.row_stride * n_kv;
-            const size_t lead = &c == &cv ? cache_v_lead(c.type) : 0;
-            s.data = random(s.stream_stride * n_batch + lead) + lead;
-            if (!c.coded()) {
-                fill_halves((uint8_t *) s.data, s.stream_stride * n_batch);
-            }
+            const size_t lead = &c == &cv ? pq_v_lead(c.type) : 0;
+            s.data = random(s.stream_stride * n_batch + lead, c.coded() ? ALL_BITS : BITS_OF_HALVES) + lead;
             return s;
         };
         p.k = side(ck);
@@ -1189,9 +1178,7 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
         p.tail.n = n_tail;
         const size_t tail_bytes = (size_t) n_batch * H * n_tail * D * 2;
         for (const uint8_t ** x : { &p.tail.k, &p.tail.v }) {
-            uint8_t * y = random(tail_bytes);
-            fill_halves(y, tail_bytes);
-            *x = y;
+            *x = random(tail_bytes, BITS_OF_HALVES);
         }
         p.tail.k_row_stride = p.tail.v_row_stride = (size_t) H * D * 2; // as the cache lays it out: [slots][n_head_kv][D]
         p.tail.k_head_stride = p.tail.v_head_stride = D * 2;

@@ -347,10 +347,10 @@ ggml_type llama_million_layer_type(const llama_model & model, ggml_type type, ui
 }
 
 ggml_tensor * llama_million_new_v(ggml_context * ctx, ggml_type type, int64_t n_embd, int64_t kv_size, int64_t n_stream) {
-    if (type != GGML_TYPE_PQ3) {
+    const size_t lead = ggml_is_pq(type) ? pq_v_lead(pq_type_of(type)) : 0;
+    if (lead == 0) {
         return ggml_new_tensor_3d(ctx, type, n_embd, kv_size, n_stream);
     }
-    const size_t  lead     = 64;
     const int64_t n_blocks = (lead + ggml_type_size(type) - 1) / ggml_type_size(type);
     const size_t  row      = ggml_row_size(type, n_embd);
     ggml_tensor * storage  = ggml_new_tensor_1d(ctx, type, n_embd * kv_size * n_stream + n_blocks * ggml_blck_size(type));
