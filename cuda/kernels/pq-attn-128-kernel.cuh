@@ -9,7 +9,8 @@
 //      address with one PRMT (byte 1 of the address is the code, byte 0 belongs to the lane). They lie in memory as they are wanted here
 //      (pq-layout.h), and come by bulk copies (from 9.0 on);
 //   2  maps the queries (q' = T^-1 q, and q.mu) with a tensor-core product;
-//   3  some warps attend to the exact tail; all take tiles of 32 cells, each with a softmax of its own. Tiles that nobody sees are never read;
+//   3  some warps attend to the exact tail; all take tiles of 32 cells, each with a softmax of its own, while the next tile is on its way to shared memory
+//      (tile_source). Tiles that nobody sees are never read;
 //   4  merges its warps, and maps what they have with T^-1 of V. The last block of a row group to come here adds the parts (nobody waits for anybody);
 //   5  helps to encode the new rows. No step reads the codes that it writes (the rows are in the tail), so it does not matter when they are made:
 //      multiprocessors without attention encode as much as they have the time for (n_apart; the plan in pq-attn.cu leaves some to that in short contexts), the
@@ -37,10 +38,13 @@
 #include "pq-encode-group.cuh"
 #include "pq-mma.cuh"
 
+#include <type_traits>
+
 namespace pq_attn {
 
 constexpr int MAX_SPLIT      = 256; // parts of the context
 constexpr int TILE_128       = 32;  // cells of a tile
+constexpr int TILE_ALIGN     = 512; // bytes: how its pieces are turned follows from their addresses
 constexpr int TAIL_STEP      = 8;   // tail slots that a warp takes at a time: the columns of one product
 constexpr int Q_STRIDE       = 136; // halves between the mapped queries of rows: neighbours lie in other banks
 constexpr int Q_SPLIT_STRIDE = 36;  // words between the lanes' parts of the queries, likewise
@@ -59,7 +63,6 @@ struct args_128 : args {
     int32_t    one_mask, one_tail_mask; // all rows of a stream have one, at a multiple of 16 bytes
     int32_t    early_tables;  // ask for the tables without asking masks first: a part so large has cells that somebody sees
     int32_t    k_paired, v_paired; // pq3: see tile_cell
-    int32_t    copy_passes;   // pq3: how many sides of a head have cells in two lines of memory, at most
     int32_t    settled;       // nothing but queries and new rows is still being written when the kernel starts
     uint32_t * counters;      // arrivals [n_stream][n_head_kv][n_row_groups]; 0 before and after a launch
     // The rows of this step, not yet written. n_new 0: they are.
@@ -72,11 +75,16 @@ struct args_128 : args {
     pq_encode_sides new_rows;
     pq_cuda_rope    rope;
     uint8_t       * dst_q8;           // see pq_cuda_step; NULL: not wanted
-    uint32_t smem_codes, smem_weights, smem_sums, smem_barrier; // byte offsets, with those of args
+    uint32_t smem_codes, smem_weights, smem_sums, smem_barriers; // byte offsets, with those of args
 };
 
-// Bytes of a cell in a warp's tile. The 48 bytes of pq3 come with 16 of the head beside, where every two heads begin at a sector (`paired`), so that they are
-// whole sectors and most often within one line: copied by themselves they take two passes through shared memory for every cell.
+// Codes as tensors, u8 [n_stream][n_kv][bytes of a row], for copies of boxes [32][tile_cell()] (tile_box).
+struct code_maps {
+    CUtensorMap k, v;
+};
+
+// Bytes of a cell in a warp's tile. The 48 bytes of pq3 come with 16 of the head beside, where every two heads begin at a sector of memory (`paired`), so that they are
+// whole sectors: a copy of parts of sectors takes longer.
 __host__ __device__ constexpr uint32_t tile_cell(int type) {
     return type == PQ_TYPE_PQ2 ? 32 : 64;
 }
@@ -87,9 +95,9 @@ PQ_DEVICE uint32_t tile_skip(const uint8_t * codes, bool paired) {
     return TYPE == PQ_TYPE_PQ3 && paired ? (uint32_t) (uintptr_t) codes & 16 : 0;
 }
 
-// Whether a cell's codes, as they are copied, lie in two lines of memory. Those of the first cell tell of all where rows are whole lines; elsewhere copy_passes is 0.
-static inline __host__ __device__ bool in_two_lines(int type, uintptr_t codes, bool paired) {
-    return type == PQ_TYPE_PQ3 && (codes & 127) + (paired ? 64 : 48) > 128;
+// Whether a tile has piece i (of 16 bytes) of cell c at i ^ c / 2 % 4, for reads of neighbouring cells at once.
+__host__ __device__ constexpr bool tile_turned(int type, bool is_v, int R) {
+    return type == PQ_TYPE_PQ3 && (!is_v || R == 1);
 }
 
 // Words of codes that a lane loads of a cell's K.
@@ -282,7 +290,7 @@ PQ_DEVICE int v_half2(int i, int l, int order) {
     return 4 * code + 2 + i % 2;
 }
 
-// Where the lane's codes of slot 0 are; skip: where in a cell they begin. With 8 lanes to a cell, lanes read different banks because pieces lie turned (tile_source) and a slot has
+// Where the lane's codes of slot 0 are; skip: where in a cell they begin. With 8 lanes to a cell, lanes read different banks because pieces lie turned (tile_turned) and a slot has
 // cells 0, 1, 4 and 5 from its first one on.
 template <int TYPE, int R>
 PQ_DEVICE void v_place(int lane, uint32_t tile, uint32_t skip, uint32_t * own, uint32_t * shared) {
@@ -916,30 +924,80 @@ PQ_DEVICE void attend_tail_128(float * o, float2 * ml, const args_128 & a, const
 
 // ---- codes ----
 
-// Codes of one side on their way to a warp's tile in shared memory, [32][tile_cell()]: lanes side by side copy pieces of 16 bytes side by side. pq3 has, but for V with
-// several rows, piece i of cell c at i ^ c / 2 % 4, for reads of neighbouring cells at once.
+// Where codes of one side are, those of the block's head and of its part of the context, and where a warp has room for a tile of them.
+struct tile_place {
+    const uint8_t     * codes;      // as tile_cell() has them: tile_skip() bytes before the head's first one
+    uint32_t            row_stride;
+    bool                paired;
+    const CUtensorMap * map;        // the same place by coordinates
+    int                 x, cell, stream;
+    uint32_t            tile;       // shared addresses
+    uint32_t            barrier;    // a box is there; opened
+};
+
+// Codes come to a tile in one of two ways.
+//
+// As a box (from 9.0 on): one instruction copies a tile, and takes no more passes through shared memory than its bytes do. Copies by lanes take a pass for every line of
+// memory that cells lie in, beside those of the lookups. But a cell of a box takes 4 to 5 cycles on its way, and pq4 with one row reads the most bytes in a given time: there
+// K is faster by lanes (32 heads, 32768 cells on an H200, after a product: 47.2 us, both by lanes 48.3, both as boxes 50.0).
 template <int TYPE, bool IS_V, int R>
-struct tile_source {
+__host__ __device__ constexpr bool comes_as_box() {
+    return PQ_HAS_BULK_COPIES && !(TYPE == PQ_TYPE_PQ4 && !IS_V && R == 1);
+}
+
+template <int TYPE>
+struct tile_box {
+    const CUtensorMap * map;
+    int                 x, cell, stream;
+    uint32_t            tile, barrier;
+
+    __device__ __forceinline__ tile_box(const tile_place & at, int lane)
+        : map(at.map), x(at.x), cell((int) pq_keep((uint32_t) at.cell, lane)) /* or it is worked out again for every tile */, stream(at.stream), tile(at.tile), barrier(at.barrier) {}
+
+    // Asks for tile i; -1: for none. The whole warp calls it.
+    __device__ __forceinline__ void copy(int i, uint32_t /* row_stride */, int /* n_cell */, int /* lane */) const {
+        if (i >= 0) {
+            pq_bulk_copy_box(tile, map, x, cell + i * TILE_128, stream, TILE_128 * tile_cell(TYPE), barrier);
+        }
+    }
+
+    template <int N_OTHERS>
+    __device__ __forceinline__ void wait(uint32_t phase) const {
+        pq_bulk_wait(barrier, phase);
+    }
+};
+
+// By lanes: those side by side copy pieces of 16 bytes side by side.
+template <int TYPE, bool TURNED>
+struct tile_pieces {
     enum {
-        N      = tile_cell(TYPE) / 16,   // pieces of a cell
-        ROWS   = PQ_WARP / N,              // cells of a copy
-        BY_ROW = TYPE == PQ_TYPE_PQ4,      // a lane's place is kept. The other types have no registers for that, and work it out
-        IN_TWO = TYPE == PQ_TYPE_PQ3 && R == 1, // see copy()
+        N      = tile_cell(TYPE) / 16, // pieces of a cell
+        ROWS   = PQ_WARP / N,          // cells of a copy
+        BY_ROW = TYPE == PQ_TYPE_PQ4,  // a lane's place is kept. The other types have no registers for that, and work it out
     };
-    const uint8_t * lane_codes;            // of the part's first cell, at the lane's piece; BY_ROW: of its first row
+    const uint8_t * lane_codes;        // of the part's first cell, at the lane's piece; BY_ROW: of its first row
     uint32_t        lane_dst;
-    bool            idle;                  // pq3: the lane's piece is not of the cell
-    bool            in_two;                // IN_TWO: half of a cell after the other
+    bool            idle;              // pq3: the lane's piece is not of the cell
 
-    __device__ __forceinline__ tile_source(const uint8_t * codes, uint32_t row_stride, bool paired, bool in_two, uint32_t tile, int lane)
-        : lane_codes(codes + (BY_ROW ? lane / N * row_stride : 0) + 16 * (lane % N)),
-          lane_dst(tile + 16 * (TYPE == PQ_TYPE_PQ3 && (!IS_V || R == 1) ? lane ^ lane / (2 * N) % 4 : lane)),
-          idle(TYPE == PQ_TYPE_PQ3 && !paired && lane % N == 3), in_two(in_two) {}
+    __device__ __forceinline__ tile_pieces(const tile_place & at, int lane)
+        : lane_codes(at.codes + (BY_ROW ? lane / N * at.row_stride : 0) + 16 * (lane % N)), lane_dst(at.tile + 16 * (TURNED ? lane ^ lane / (2 * N) % 4 : lane)),
+          idle(TYPE == PQ_TYPE_PQ3 && !at.paired && lane % N == 3) {}
 
-    // Asks for tile i of n_cell cells; past the last one it is the last again. A copy takes a pass for every line of memory that its cells lie in, and with one row those
-    // passes count. Of pq3 some heads have cells in two lines, and the others would run ahead of them by more than L2 holds, so that lines which heads share were read
-    // twice (32 heads of 131072 cells on an H100: 790 MB for 403). So all heads take as many passes (args_128::copy_passes).
+    // One group of copies per call, even an empty one: the waits count groups.
     __device__ __forceinline__ void copy(int i, uint32_t row_stride, int n_cell, int lane) const {
+        if (i >= 0) {
+            copy_tile(i, row_stride, n_cell, lane);
+        }
+        pq_copy_commit();
+    }
+
+    template <int N_OTHERS /* groups of the other side that were asked for later */>
+    __device__ __forceinline__ void wait(uint32_t) const {
+        pq_copy_wait<N_OTHERS>();
+    }
+
+    // Cells past the last one of the part are the last again.
+    __device__ __forceinline__ void copy_tile(int i, uint32_t row_stride, int n_cell, int lane) const {
         if constexpr (BY_ROW) {
             const uint8_t * src = lane_codes + (int64_t) i * (TILE_128 * (uint64_t) row_stride);
             const int n = min(TILE_128, n_cell - i * TILE_128);
@@ -958,18 +1016,17 @@ struct tile_source {
         } else {
             // worked out anew and without a sign: `lane` behind pq_opaque() may be negative for all that the compiler knows, which takes it more instructions
             const uint32_t first = i * TILE_128 + (uint32_t) pq_opaque((int) (threadIdx.x % PQ_WARP)) / N;
-            const bool     later = IN_TWO && in_two && threadIdx.x % N >= 2;
 #pragma unroll
             for (int j = 0; j < N; j++) {
                 const uint8_t * src = pq_mad_wide(min(first + j * ROWS, (uint32_t) n_cell - 1), row_stride, lane_codes);
-                pq_copy_async_if(!idle && !later, lane_dst + 512 * j, src);
-                if (IN_TWO) {
-                    pq_copy_async_if(!idle && later, lane_dst + 512 * j, src);
-                }
+                pq_copy_async_if(!idle, lane_dst + 512 * j, src);
             }
         }
     }
 };
+
+template <int TYPE, bool IS_V, int R>
+using tile_source = std::conditional_t<comes_as_box<TYPE, IS_V, R>(), tile_box<TYPE>, tile_pieces<TYPE, tile_turned(TYPE, IS_V, R)>>;
 
 // ---- tables ----
 
@@ -1219,7 +1276,7 @@ PQ_DEVICE uint32_t touch_params(const args_128 & a, int warp) {
 }
 
 template <int KT /* type of K */, int VT /* of V */, int R /* rows */>
-__global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __grid_constant__ args_128 a) {
+__global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __grid_constant__ args_128 a, const __grid_constant__ code_maps maps) {
     static_assert(KT >= 0 && KT < PQ_TYPE_COUNT && VT >= 0 && VT < PQ_TYPE_COUNT, "both sides hold codes");
     constexpr int NT  = n_threads_128(R);
     constexpr int NW  = NT / PQ_WARP;
@@ -1274,11 +1331,17 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     const uint8_t * k_block = a.p.k.codebook + head_kv * a.k.head_bytes;
     const uint8_t * v_block = a.p.v.codebook + head_kv * a.v.head_bytes;
 
-    const uint32_t tables_here = PQ_SHARED_BASE + a.smem_barrier;
+    const uint32_t tables_here = PQ_SHARED_BASE + a.smem_barriers, k_here = tables_here + 8 + 16 * warp, v_here = k_here + 8; // K, V of the warp's tile
     constexpr bool ONE_ASKS = PQ_HAS_BULK_COPIES;
     const bool asks = ONE_ASKS ? tid == PQ_WARP : true; // not a thread of the first warp, which has the rows to see to
     if (ONE_ASKS && asks) {
         pq_bulk_open(tables_here);
+        if (comes_as_box<KT, false, R>()) {
+            pq_prefetch_map(&maps.k);
+        }
+        if (comes_as_box<VT, true, R>()) {
+            pq_prefetch_map(&maps.v);
+        }
     }
     if (a.early_tables && asks) {
         ask_for_tables<KT, VT, NT>(a, head_kv, smem, tables_here, tid);
@@ -1357,24 +1420,23 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     seen_units steps(warp, nw_tail, warp < nw_tail ? (n_slots + TAIL_STEP - 1) / TAIL_STEP : 0, lane);
     const uint32_t k_tile = PQ_SHARED_BASE + a.smem_codes + warp * (K_BYTES + V_BYTES), v_tile = k_tile + K_BYTES;
     const uint32_t k_skip = tile_skip<KT>(k_codes, a.k_paired), v_skip = tile_skip<VT>(v_codes, a.v_paired);
-    const bool k_lines = in_two_lines(KT, (uintptr_t) (k_codes - k_skip), a.k_paired), v_lines = in_two_lines(VT, (uintptr_t) (v_codes - v_skip), a.v_paired);
-    const int  n_missing = a.copy_passes - k_lines - v_lines; // passes that other heads take
-    const bool v_in_two = VT == PQ_TYPE_PQ3 && !v_lines && n_missing > 0, k_in_two = KT == PQ_TYPE_PQ3 && !k_lines && n_missing > v_in_two;
-    const tile_source<KT, false, R> k_source(k_codes - k_skip, (uint32_t) a.p.k.row_stride, a.k_paired, k_in_two, k_tile, lane);
-    const tile_source<VT, true, R>  v_source(v_codes - v_skip, (uint32_t) a.p.v.row_stride, a.v_paired, v_in_two, v_tile, lane);
-    // one group of copies per call, even an empty one: the waits count groups
-    auto load_k = [&](int i) {
-        if (i >= 0) {
-            k_source.copy(i, (uint32_t) a.p.k.row_stride, n_cell, lane);
+    const tile_place k_place_at = { k_codes - k_skip, (uint32_t) a.p.k.row_stride, a.k_paired != 0, &maps.k, head_kv * (int) a.p.k.head_stride - (int) k_skip, (int) kv0, stream, k_tile, k_here };
+    const tile_place v_place_at = { v_codes - v_skip, (uint32_t) a.p.v.row_stride, a.v_paired != 0, &maps.v, head_kv * (int) a.p.v.head_stride - (int) v_skip, (int) kv0, stream, v_tile, v_here };
+    const tile_source<KT, false, R> k_source(k_place_at, lane);
+    const tile_source<VT, true, R>  v_source(v_place_at, lane);
+    auto load_k = [&](int i) { k_source.copy(i, (uint32_t) a.p.k.row_stride, n_cell, lane); };
+    auto load_v = [&](int i) { v_source.copy(i, (uint32_t) a.p.v.row_stride, n_cell, lane); };
+    constexpr bool K_BOX = comes_as_box<KT, false, R>(), V_BOX = comes_as_box<VT, true, R>();
+    constexpr int  N_OTHERS = !K_BOX && !V_BOX; // groups of copies: each side asks for its next tile when it has read one
+    if (lane == 0) {
+        if (K_BOX) {
+            pq_bulk_open(k_here);
         }
-        pq_copy_commit();
-    };
-    auto load_v = [&](int i) {
-        if (i >= 0) {
-            v_source.copy(i, (uint32_t) a.p.v.row_stride, n_cell, lane);
+        if (V_BOX) {
+            pq_bulk_open(v_here);
         }
-        pq_copy_commit();
-    };
+    }
+    __syncwarp();
     uint32_t tile_seen = 0;
     const uint32_t step_seen = seen_cells(step_mask);
 #pragma unroll
@@ -1451,7 +1513,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     const int row = softmax_lane<R>::row(lane); // the lane's row in the softmax
     int       v_order = 0;
     if (any_tile) {
-        pq_bulk_wait(tables_here);
+        pq_bulk_wait(tables_here, 0);
         int       tile = first_tile;
         k_lane    kl = {};
         v_lane    vl = {};
@@ -1530,19 +1592,23 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
         if (tile >= 0) {
             load_mask(tile);
         }
+        uint32_t phase = 0;
         while (tile >= 0) {
             const int next = tiles.next(seen_tile);
-            pq_copy_wait<1>(); // of K and V of this tile, K is there
+            k_source.template wait<N_OTHERS>(phase);
             __syncwarp();
-            // The next tile is asked for as soon as this one is in registers: for one row, which has registers to spare, at once.
+            // The next tile is asked for when this one has been read. The order of a warp's reads and of its copies by lanes is that of the instructions; before it asks for a
+            // box, lookups with what it read must have been made.
             uint32_t kw[R == 1 ? 4 : 1][k_words<KT>::N];
-            if constexpr (R == 1) {
+            if constexpr (R == 1) { // which has registers for the whole tile
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     read_k_words<KT>(kw[i], k_at, k_skip, i);
                 }
-                __syncwarp();
-                load_k(next);
+                if (!K_BOX) {
+                    __syncwarp();
+                    load_k(next);
+                }
             }
             auto k_words_of = [&](int g8, uint32_t (&w)[k_words<KT>::N]) {
                 if constexpr (R == 1) {
@@ -1550,9 +1616,13 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
                     for (int i = 0; i < k_words<KT>::N; i++) {
                         w[i] = kw[g8][i];
                     }
+                    if (K_BOX && g8 == 1) { // those of group 0 have
+                        __syncwarp();
+                        load_k(next);
+                    }
                 } else {
                     read_k_words<KT>(w, k_at, k_skip, g8);
-                    if (g8 == 3) {
+                    if (!K_BOX && g8 == 3) {
                         __syncwarp();
                         load_k(next);
                     }
@@ -1560,6 +1630,10 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             };
             float s[N_S];
             scores_128<KT, R>(s, k_words_of, kl, q, lane);
+            if (K_BOX && R > 1) {
+                __syncwarp();
+                load_k(next);
+            }
             bool grows = false;
 #pragma unroll
             for (int e = 0; e < N_S; e++) {
@@ -1622,21 +1696,26 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
                 __syncwarp(); // the weights of the tile before have been read
                 put_weights<R>(my_weights, s, lane);
             }
-            pq_copy_wait<1>(); // V of this tile is there, K of the next may not be
+            v_source.template wait<N_OTHERS>(phase);
             __syncwarp();
             if (next >= 0) {
                 load_mask(next);
             }
             auto v_unit_of = [&](int j) {
                 const v_unit c = read_v_unit<VT, R>(v_own, v_shared, j);
-                if (j == v_lanes<VT, R>::SLOTS - 1) {
+                if (!V_BOX && j == v_lanes<VT, R>::SLOTS - 1) {
                     __syncwarp();
                     load_v(next);
                 }
                 return c;
             };
             values_128<VT, V_TABLE, R>(o, v_unit_of, vl, p, b_weights, lane);
+            if (V_BOX) {
+                __syncwarp();
+                load_v(next);
+            }
             tile = next;
+            phase++;
         }
         // every lane has counted its own cells
         sum += __shfl_xor_sync(PQ_FULL_WARP, sum, 1);

@@ -1,3 +1,3 @@
 #include "pq-attn-128-launch.cuh"
 
-template cudaError_t pq_attn::launch_128<4>(const args_128 &, const pq_cuda_attn_plan &, int, cudaStream_t);
+template cudaError_t pq_attn::launch_128<4>(const args_128 &, const code_maps &, const pq_cuda_attn_plan &, int, cudaStream_t);

@@ -7,10 +7,10 @@
 namespace pq_attn {
 
 template <int R>
-cudaError_t launch_128(const args_128 & a, const pq_cuda_attn_plan & plan, int n_blocks, cudaStream_t stream);
+cudaError_t launch_128(const args_128 & a, const code_maps & maps, const pq_cuda_attn_plan & plan, int n_blocks, cudaStream_t stream);
 
-extern template cudaError_t launch_128<1>(const args_128 &, const pq_cuda_attn_plan &, int, cudaStream_t);
-extern template cudaError_t launch_128<4>(const args_128 &, const pq_cuda_attn_plan &, int, cudaStream_t);
-extern template cudaError_t launch_128<8>(const args_128 &, const pq_cuda_attn_plan &, int, cudaStream_t);
+extern template cudaError_t launch_128<1>(const args_128 &, const code_maps &, const pq_cuda_attn_plan &, int, cudaStream_t);
+extern template cudaError_t launch_128<4>(const args_128 &, const code_maps &, const pq_cuda_attn_plan &, int, cudaStream_t);
+extern template cudaError_t launch_128<8>(const args_128 &, const code_maps &, const pq_cuda_attn_plan &, int, cudaStream_t);
 
 } // namespace pq_attn

@@ -70,7 +70,7 @@ bool tables_apart(const pq_attn_params & p, int lanes) {
 }
 
 struct smem_layout_128 {
-    size_t codes, rows, qt, weights, merge_ml, sums, tail, barrier, bytes;
+    size_t codes, rows, qt, weights, merge_ml, sums, tail, barriers, bytes;
 };
 
 // Of attn_128_kernel.
@@ -84,7 +84,7 @@ smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_
         off += (bytes + 15) / 16 * 16;
         return at;
     };
-    off = (off + 15) / 16 * 16;
+    off = (off + TILE_ALIGN - 1) / TILE_ALIGN * TILE_ALIGN;
     s.codes    = take(NW * TILE_128 * (tile_cell(p.k.type) + tile_cell(p.v.type)));
     s.rows     = take(R * sizeof(row_info));
     s.qt       = take((size_t) 2 * R * Q_STRIDE * sizeof(uint16_t));
@@ -92,15 +92,21 @@ smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_
     s.merge_ml = take((4 * NW * R + 4 * R + 4 + R) * sizeof(float));
     s.sums     = take((size_t) R * 2 * 128 * sizeof(float));
     s.tail     = take((size_t) n_tail_warps * R * 128 * sizeof(float)); // first it holds turns of n_q tokens: there are no more than rows
-    s.barrier  = take(sizeof(uint64_t));
+    s.barriers = take((1 + 2 * NW) * sizeof(uint64_t)); // of the tables, of K and V of each warp's tile
     s.bytes    = std::max(off, NW * PQ_WARP / PQ_ENCODE_FEW_THREADS * sizeof(pq_encode_group_smem)); // who encodes has nothing else left to do
     return s;
 }
 
-// Whether attn_128_kernel takes these parameters, where it has the shared memory: it copies 16 bytes of codes at a time.
+// What the heads of a cell take together, one beside the other.
+size_t row_bytes(const pq_attn_params & p, const pq_attn_side & s) {
+    return (p.n_head_kv - 1) * s.head_stride + pq_head_bytes(s.type, s.D);
+}
+
+// Whether attn_128_kernel takes these parameters, where it has the shared memory: it copies 16 bytes of codes at a time, and boxes of cells that are rows.
 bool takes_kernel_128(const pq_attn_params & p, const pq_cuda_device_props & device, int R) {
     for (const pq_attn_side * s : { &p.k, &p.v }) {
-        if (s->D != 128 || !is_coded(*s) || !s->tables || ((uintptr_t) s->data | s->row_stride | s->head_stride | s->stream_stride) % 16 != 0) {
+        if (s->D != 128 || !is_coded(*s) || !s->tables || ((uintptr_t) s->data | s->row_stride | s->head_stride | s->stream_stride) % 16 != 0 ||
+            row_bytes(p, *s) > s->row_stride) {
             return false;
         }
     }
@@ -111,23 +117,6 @@ bool takes_kernel_128(const pq_attn_params & p, const pq_cuda_device_props & dev
 // Whether the codes of every two heads are whole sectors of memory.
 bool is_paired(const pq_attn_params & p, const pq_attn_side & s) {
     return ((uintptr_t) s.data | s.row_stride | s.stream_stride | 2 * s.head_stride) % 32 == 0 && s.head_stride == pq_head_bytes(s.type, s.D) && p.n_head_kv % 2 == 0;
-}
-
-// How many of a head's two sides have cells in two lines of memory, at most. Of eight heads of pq3 side by side two have, on each side.
-int copy_passes(const pq_attn_params & p) {
-    if ((p.k.row_stride | p.k.stream_stride | p.v.row_stride | p.v.stream_stride) % 128 != 0) {
-        return 0;
-    }
-    auto in_two = [&](const pq_attn_side & s, int h) {
-        const uintptr_t codes  = (uintptr_t) s.data + h * s.head_stride;
-        const bool      paired = is_paired(p, s);
-        return in_two_lines(s.type, paired ? codes & ~(uintptr_t) 16 : codes, paired); // see tile_skip()
-    };
-    int n = 0;
-    for (int h = 0; h < p.n_head_kv; h++) {
-        n = std::max(n, in_two(p.k, h) + in_two(p.v, h));
-    }
-    return n;
 }
 
 // Units of encoding of a step: strips of heads of both sides, unit_rows rows at a time.
@@ -247,6 +236,7 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
     plan.rows_per_block = rows_per_block(n_rows);
     plan.n_row_groups   = (int32_t) div_up(n_rows, plan.rows_per_block);
     plan.n_sm           = device.n_sm;
+    plan.has_boxes       = device.cc >= 90;
     const bool is_128   = takes_kernel_128(p, device, plan.rows_per_block);
     plan.n_threads      = is_128 ? n_threads_128(plan.rows_per_block) : n_threads(plan.rows_per_block);
 
@@ -351,6 +341,32 @@ static void set_args(args & a, const pq_attn_params & p, const pq_cuda_attn_plan
     a.partials      = (float *) scratch;
 }
 
+// The driver's function, which is not linked: NULL where the driver does not have it.
+static decltype(&cuTensorMapEncodeTiled) find_map_encoder() {
+    void * f = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const cudaError_t err = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t err = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found);
+#endif
+    return err == cudaSuccess && found == cudaDriverEntryPointSuccess ? (decltype(&cuTensorMapEncodeTiled)) f : nullptr;
+}
+
+// One side in boxes of tiles. There are cells.
+static cudaError_t make_tile_map(CUtensorMap & map, const pq_attn_params & p, const pq_attn_side & s, bool turned) {
+    static const auto encode = find_map_encoder();
+    if (!encode) {
+        return cudaErrorCallRequiresNewerDriver;
+    }
+    const cuuint64_t dims[3]    = { row_bytes(p, s), (cuuint64_t) p.n_kv, (cuuint64_t) p.n_stream };
+    const cuuint64_t strides[2] = { s.row_stride, p.n_stream > 1 ? s.stream_stride : s.row_stride };
+    const cuuint32_t box[3]     = { tile_cell(s.type), TILE_128, 1 }, steps[3] = { 1, 1, 1 };
+    const CUresult   res        = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, (void *) s.data, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                         turned ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return res == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, const pq_cuda_rope * rope,
                            bool settled, uint8_t * dst_q8, void * scratch, void * counters, cudaStream_t stream) {
     const smem_layout_128 s = get_smem_layout_128(p, plan.rows_per_block, plan.n_tail_warps);
@@ -367,7 +383,6 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
     a.early_tables  = plan.cells_per_split >= EARLY_CELLS && p.n_kv >= EARLY_N_KV;
     a.k_paired      = is_paired(p, p.k);
     a.v_paired      = is_paired(p, p.v);
-    a.copy_passes   = plan.rows_per_block == 1 ? copy_passes(p) : 0; // with more rows they do not count
     a.settled       = settled;
     a.dst_q8        = dst_q8;
     a.counters      = (uint32_t *) counters;
@@ -378,7 +393,7 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
     a.smem_merge_ml = (uint32_t) s.merge_ml;
     a.smem_sums     = (uint32_t) s.sums;
     a.smem_tail     = (uint32_t) s.tail;
-    a.smem_barrier  = (uint32_t) s.barrier;
+    a.smem_barriers = (uint32_t) s.barriers;
     if (rope) {
         a.rope = *rope;
     }
@@ -396,9 +411,17 @@ static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & p
         a.n_helpers = a.n_apart == a.units.n ? 0 : (int32_t) n_helpers(plan.n_blocks, plan.n_split);
         n_blocks   += std::min<int>(n_free, a.n_apart);
     }
-    return plan.rows_per_block == 1 ? launch_128<1>(a, plan, n_blocks, stream)
-         : plan.rows_per_block == 4 ? launch_128<4>(a, plan, n_blocks, stream)
-                                    : launch_128<8>(a, plan, n_blocks, stream);
+    code_maps maps = {};
+    if (plan.has_boxes && p.n_kv > 0) {
+        cudaError_t err = make_tile_map(maps.k, p, p.k, tile_turned(p.k.type, false, plan.rows_per_block));
+        if (err == cudaSuccess) err = make_tile_map(maps.v, p, p.v, tile_turned(p.v.type, true, plan.rows_per_block));
+        if (err != cudaSuccess) {
+            return err;
+        }
+    }
+    return plan.rows_per_block == 1 ? launch_128<1>(a, maps, plan, n_blocks, stream)
+         : plan.rows_per_block == 4 ? launch_128<4>(a, maps, plan, n_blocks, stream)
+                                    : launch_128<8>(a, maps, plan, n_blocks, stream);
 }
 
 const char * pq_cuda_step_unsupported(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows) {

@@ -1,6 +1,7 @@
 // Device helpers of the attention kernels: thin wrappers around instructions, nothing that knows what a cache is.
 #pragma once
 
+#include <cuda.h> // CUtensorMap
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -190,8 +191,9 @@ constexpr bool PQ_HAS_BULK_COPIES = true;
 constexpr bool PQ_HAS_BULK_COPIES = false;
 #endif
 
-// Large copies from global to shared memory that one thread asks for and every thread can wait for (from 9.0 on; before that, threads copy).
-// `barrier`: shared address of 8 bytes. One thread opens it and asks for copies; after a __syncthreads() others may wait, all of them once.
+// Copies from global to shared memory that one thread asks for and every thread can wait for (from 9.0 on; before that, threads copy).
+// `barrier`: shared address of 8 bytes. A thread opens it. For every phase of it, numbered from 0, one thread says how many bytes are to come and asks for them, and
+// others, once they can know it to be open, wait.
 PQ_DEVICE void pq_bulk_open(uint32_t barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(barrier) : "memory");
@@ -212,14 +214,38 @@ PQ_DEVICE void pq_bulk_copy(uint32_t shared, const uint8_t * global, uint32_t n_
 #endif
 }
 
-PQ_DEVICE void pq_bulk_wait(uint32_t barrier) {
+// The box of a tensor of three dimensions that begins at x0 (innermost), x1, x2, as a whole phase of the barrier. What lies outside of the tensor comes as zeros, and is
+// counted in n_bytes too. Whole warps call it.
+PQ_DEVICE void pq_bulk_copy_box(uint32_t shared, const CUtensorMap * map, int x0, int x1, int x2, uint32_t n_bytes, uint32_t barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
-                 "@!done bra again;\n"
-                 "}" : : "r"(barrier) : "memory");
+                 ".reg .pred p;\n"
+                 "elect.sync _|p, 0xffffffff;\n"
+                 "@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [%5], %6;\n"
+                 "@p cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];\n"
+                 "}"
+                 : : "r"(shared), "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(barrier), "r"(n_bytes) : "memory");
+#endif
+}
+
+// Asks for the description of a tensor, which the first copy of a box waits for.
+PQ_DEVICE void pq_prefetch_map(const CUtensorMap * map) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
+#endif
+}
+
+// Whole warps call it: were lanes to leave the loop one by one, the compiler would not take what follows for the same in all lanes.
+PQ_DEVICE void pq_bulk_wait(uint32_t barrier, uint32_t phase) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    uint32_t done;
+    do {
+        asm volatile("{\n"
+                     ".reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n"
+                     "}" : "=r"(done) : "r"(barrier), "r"(phase & 1) : "memory");
+    } while (!__all_sync(PQ_FULL_WARP, done));
 #endif
 }
 

@@ -43,6 +43,7 @@ struct pq_cuda_attn_plan {
     int32_t n_tail_warps;    // PQ_CUDA_ATTN_128: warps of a block that attend to the exact tail
     int32_t encode_rows;     // PQ_CUDA_ATTN_128: new rows of a step that a group of threads encodes at a time
     int32_t n_sm;            // of the device that the plan is for
+    int32_t has_boxes;       // whether the device copies boxes of tensors, of which it needs a description (from 9.0 on)
     size_t  smem_bytes;      // dynamic shared memory of a block
     size_t  scratch_bytes;   // device memory that pq_cuda_attn takes as `scratch`; 0 when n_split is 1
     size_t  counter_bytes;   // and as `counters`
@@ -51,7 +52,7 @@ struct pq_cuda_attn_plan {
 // NULL, or what about these parameters the CUDA kernels do not cover. Pure.
 const char * pq_cuda_attn_unsupported(const pq_attn_params & p, const pq_cuda_device_props & device);
 
-// Pure; only shapes, types and the presence of optional parts are read. Parameters must be supported.
+// Pure; only shapes, strides, types and the presence of optional parts are read. Parameters must be supported.
 pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda_device_props & device);
 
 // Launches attention on `stream`. `scratch` holds plan.scratch_bytes, 16-byte aligned. `counters` holds plan.counter_bytes, which are

@@ -57,16 +57,10 @@ static inline struct pq_spec pq_get_spec(enum pq_type type) {
 // that of both 4u + 2 and 4u + 3. So a kernel finds codes of a kind side by side, in words.
 //
 // The cache of one layer is `codes: u8 [n_stream][kv_size][n_head_kv][pq_head_bytes]`, in the place where an
-// f16 cache has [n_stream][kv_size][n_head_kv][D] halves. Of eight heads of pq3 with D = 128 two have their 48 bytes in two lines of a
-// GPU's memory, 128 bytes each, and take twice the passes to copy. So V of pq3 begins pq_v_lead bytes into a line: then they are not the same heads
-// in K as in V. Kernels take codes from anywhere.
+// f16 cache has [n_stream][kv_size][n_head_kv][D] halves.
 // ---------------------------------------------------------------------------------------------------------
 
 #define PQ_CODE_ORDER 2u // version of this order: states that are saved have codes, and are refused where it is another. 1: pq3 had no runs of one kind
-
-static inline size_t pq_v_lead(enum pq_type type) { // bytes
-    return type == PQ_TYPE_PQ3 ? 64 : 0;
-}
 
 static inline int32_t pq_n_subspaces(enum pq_type type, int32_t D) { // M
     return D / pq_get_spec(type).dsub;

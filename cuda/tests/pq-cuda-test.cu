@@ -187,7 +187,7 @@ struct attn_case {
     int       n_head_mask, n_stream_mask;
     int       n_sm;      // for the plan: changes the split
     size_t    smem;      // for the plan: smaller devices take two phases
-    size_t    v_lead;    // bytes of a line before V's codes
+    size_t    v_lead;    // bytes before V's codes: 16, and cells do not begin at sectors of memory
 
     std::string name() const {
         char s[256];
@@ -635,7 +635,6 @@ static void check_q8(const char * name, const std::vector<float> & x, const uint
 
 static void run_step(const step_case & c, const pq_cuda_device_props & props) {
     const int D = 128, H = c.n_head_kv, n_rows = c.n_q * c.n_stream;
-    const size_t v_lead = pq_v_lead(c.vt);
     char name[160];
     snprintf(name, sizeof(name), "step: K %s V %s heads %d/%d streams %d n_q %d n_kv %lld slots %d T %d rope %d", type_names[c.kt], type_names[c.vt], c.n_head, H,
              c.n_stream, c.n_q, (long long) c.n_kv, c.n_slots, c.transform, (int) c.rope);
@@ -672,7 +671,7 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
     for (int i = 0; i < n_rows; i++) { // nothing is there yet
         std::fill_n(&tail[slot[i] * H * D], H * D, F16_NAN);
     }
-    device_buf<uint8_t>  d_kb(k.with_tables(false)), d_vb(v.with_tables(true)), d_k[2] = { device_buf<uint8_t>(k.data), device_buf<uint8_t>(k.data) }, d_v[2] = { with_lead(v_lead, v.data), with_lead(v_lead, v.data) };
+    device_buf<uint8_t>  d_kb(k.with_tables(false)), d_vb(v.with_tables(true)), d_k[2] = { device_buf<uint8_t>(k.data), device_buf<uint8_t>(k.data) }, d_v[2] = { device_buf<uint8_t>(v.data), device_buf<uint8_t>(v.data) };
     device_buf<uint16_t> d_mask(mask), d_tm(tail_mask), d_tk[2] = { device_buf<uint16_t>(tail), device_buf<uint16_t>(tail) }, d_tv[2] = { device_buf<uint16_t>(tail), device_buf<uint16_t>(tail) };
     device_buf<int64_t>  d_cell(cell), d_slot(slot);
     const size_t n_out = (size_t) n_rows * c.n_head * D;
@@ -689,7 +688,7 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
             a.type = x.type; a.D = D; a.has_transform = x.transform;
             a.codebook = side ? d_vb.p : d_kb.p;
             a.tables   = a.codebook + x.blocks.size();
-            a.data = side ? d_v[i].p + v_lead : d_k[i].p;
+            a.data = side ? d_v[i].p : d_k[i].p;
             a.row_stride = x.row_stride; a.head_stride = x.head_bytes; a.stream_stride = cells_per_stream * x.row_stride;
             pq_encode_params & n = e[i][side];
             n.type = x.type; n.D = D; n.n_head_kv = H; n.n_rows = n_rows; n.codebook = a.codebook; n.has_transform = x.transform;
@@ -760,7 +759,7 @@ static void run_step(const step_case & c, const pq_cuda_device_props & props) {
             check(at == n, "%s: round %d: %s differ at byte %zu of %zu", name, round, what, at, n);
         };
         same("codes of K", d_k[0].p, d_k[1].p, k.data.size());
-        same("codes of V", d_v[0].p + v_lead, d_v[1].p + v_lead, v.data.size());
+        same("codes of V", d_v[0].p, d_v[1].p, v.data.size());
         same("tails of K", d_tk[0].p, d_tk[1].p, tail.size() * 2);
         same("tails of V", d_tv[0].p, d_tv[1].p, tail.size() * 2);
         same("results", d_dst[0].p, d_dst[1].p, n_out * sizeof(float));
@@ -830,9 +829,9 @@ static void test(const pq_cuda_device_props & props, int only_D) {
             }
         }
     }
-    for (pq_type kt : { P4, P3, P2 }) { // rows of whole lines, of which some heads of pq3 have two
+    for (pq_type kt : { P4, P3, P2 }) { // rows of whole sectors, and not
         for (pq_type vt : { P4, P3, P2 }) {
-            for (size_t v_lead : { 0, 64 }) {
+            for (size_t v_lead : { 0, 16 }) {
                 for (int group : { 1, 4 }) {
                     with([&](attn_case & c) { c.kt = kt; c.vt = vt; c.n_head = 8 * group; c.n_head_kv = 8; c.n_kv = 1000; c.v_lead = v_lead; });
                     with([&](attn_case & c) { c.kt = kt; c.vt = vt; c.n_head = 8 * group; c.n_head_kv = 8; c.n_kv = 2000; c.v_lead = v_lead; c.mask = MASK_SPARSE; });
@@ -935,6 +934,13 @@ static void test_quick(const pq_cuda_device_props & props) {
 static void test_plan() {
     pq_cuda_device_props h200 = { 90, 132, 232448 };
     const uint8_t * const somewhere = (const uint8_t *) 1024;
+    auto plan_of = [&](pq_attn_params p) { // heads side by side
+        for (pq_attn_side * side : { &p.k, &p.v }) {
+            side->head_stride = pq_head_bytes(side->type, side->D);
+            side->row_stride  = side->head_stride * p.n_head_kv;
+        }
+        return pq_cuda_attn_make_plan(p, h200);
+    };
     for (int D : { 64, 80, 96, 128, 192, 256 }) {
         for (int n_head_kv : { 1, 2, 5, 8, 32, 40, 64 }) {
             for (int group : { 1, 4, 5, 8, 16 }) {
@@ -949,7 +955,7 @@ static void test_plan() {
                                 p.k.D = p.v.D = D;
                                 p.k.tables = p.v.tables = somewhere;
                                 check(!pq_cuda_attn_unsupported(p, h200), "D %d: unsupported", D);
-                                const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(p, h200);
+                                const pq_cuda_attn_plan plan = plan_of(p);
                                 char name[128];
                                 snprintf(name, sizeof(name), "D %d heads %d x %d n_q %d n_kv %lld type %d tail %d", D, n_head_kv, group, n_q, (long long) n_kv, t, n_tail);
                                 check(plan.smem_bytes <= h200.smem_optin, "%s: %zu bytes of shared memory", name, plan.smem_bytes);
@@ -978,32 +984,35 @@ static void test_plan() {
     }
     pq_attn_params p = {};
     p.n_head = 32; p.n_head_kv = 32; p.n_stream = 1; p.n_q = 1; p.n_kv = 32768; p.k.type = p.v.type = PQ_TYPE_PQ4; p.k.D = p.v.D = 128;
-    check(pq_cuda_attn_make_plan(p, h200).kernel != PQ_CUDA_ATTN_128, "no tables: another kernel");
+    check(plan_of(p).kernel != PQ_CUDA_ATTN_128, "no tables: another kernel");
     p.k.tables = p.v.tables = somewhere;
-    check(pq_cuda_attn_make_plan(p, h200).n_split == 4, "Llama-2-7B geometry at 32768: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
+    p.k.row_stride = p.v.row_stride = p.k.head_stride = 64;
+    p.v.head_stride = 64 * p.n_kv;
+    check(pq_cuda_attn_make_plan(p, h200).kernel != PQ_CUDA_ATTN_128, "heads that are not side by side: another kernel");
+    check(plan_of(p).n_split == 4, "Llama-2-7B geometry at 32768: split %d", plan_of(p).n_split);
     p.n_head_kv = 8;
-    check(pq_cuda_attn_make_plan(p, h200).n_split == 16, "Llama-3.1-8B geometry at 32768: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
+    check(plan_of(p).n_split == 16, "Llama-3.1-8B geometry at 32768: split %d", plan_of(p).n_split);
     // In a short context a step leaves multiprocessors to the encoding of its new rows, all of them at once. Without a tail it has no such rows.
     p.n_kv = 4096;
-    check(pq_cuda_attn_make_plan(p, h200).n_split == 16, "Llama-3.1-8B geometry at 4096, without a tail: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
+    check(plan_of(p).n_split == 16, "Llama-3.1-8B geometry at 4096, without a tail: split %d", plan_of(p).n_split);
     p.tail.n = 640;
-    const pq_cuda_attn_plan step = pq_cuda_attn_make_plan(p, h200);
+    const pq_cuda_attn_plan step = plan_of(p);
     check((h200.n_sm - step.n_blocks) * (step.n_threads / 128) >= 2 * 8 * 4, "Llama-3.1-8B geometry at 4096: %d blocks leave too little for 64 strips", step.n_blocks);
     p.n_kv = 131072;
-    check(pq_cuda_attn_make_plan(p, h200).n_split == 16, "Llama-3.1-8B geometry at 131072, with a tail: split %d", pq_cuda_attn_make_plan(p, h200).n_split);
+    check(plan_of(p).n_split == 16, "Llama-3.1-8B geometry at 131072, with a tail: split %d", plan_of(p).n_split);
     // Eight sequences: the few multiprocessors without attention can't encode eight rows of every strip, so units are small enough for those with it to help.
     p.n_stream = 8;
     p.n_kv = 8448;
-    const pq_cuda_attn_plan batch = pq_cuda_attn_make_plan(p, h200);
+    const pq_cuda_attn_plan batch = plan_of(p);
     check(batch.n_split == 2 && batch.encode_rows <= 2, "Llama-3.1-8B geometry, 8 sequences of 8448: split %d, %d rows encoded at a time", batch.n_split, batch.encode_rows);
     p.n_stream = 1;
     p.n_kv = 4096;
-    check(pq_cuda_attn_make_plan(p, h200).encode_rows == 1, "one row, %d encoded at a time", pq_cuda_attn_make_plan(p, h200).encode_rows);
+    check(plan_of(p).encode_rows == 1, "one row, %d encoded at a time", plan_of(p).encode_rows);
     // a few cells more than whole rounds of 16 warps are of the last part, and not a round more for all of them
     for (const int n_head_kv : { 8, 32 }) {
         p.n_head_kv = n_head_kv;
         p.n_kv = 32768 + 256;
-        const pq_cuda_attn_plan plan = pq_cuda_attn_make_plan(p, h200);
+        const pq_cuda_attn_plan plan = plan_of(p);
         check(plan.n_split * plan.cells_per_split == 32768, "%d heads at 33024: split %d x %lld", n_head_kv, plan.n_split, (long long) plan.cells_per_split);
     }
     p.n_head_kv = 8;
@@ -1164,8 +1173,7 @@ static bench_setup make_bench(bool mha, int64_t depth, pq_type kt, pq_type vt, i
             s.row_stride    = row_bytes(c.type);
             s.head_stride   = s.row_stride / H;
             s.stream_stride = s.row_stride * n_kv;
-            const size_t lead = &c == &cv ? pq_v_lead(c.type) : 0;
-            s.data = random(s.stream_stride * n_batch + lead, c.coded() ? ALL_BITS : BITS_OF_HALVES) + lead;
+            s.data = random(s.stream_stride * n_batch, c.coded() ? ALL_BITS : BITS_OF_HALVES);
             return s;
         };
         p.k = side(ck);

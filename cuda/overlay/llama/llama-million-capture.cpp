@@ -283,29 +283,18 @@ std::vector<float> million_capture::weigh(const ggml_tensor * attn, const std::v
     return out;
 }
 
-// What a view was made of, which view_src passes by where that is a view itself (llama_million_new_v).
-static const ggml_tensor * viewed(const ggml_tensor * t) {
-    switch (t->op) {
-        case GGML_OP_SET_ROWS:  return t->src[2];
-        case GGML_OP_VIEW:
-        case GGML_OP_RESHAPE:
-        case GGML_OP_PERMUTE:
-        case GGML_OP_TRANSPOSE: return t->src[0];
-        default:                return t->view_src;
-    }
-}
-
 // Layer and side of a cache tensor, or of a view of one, by the name that llama_kv_cache gives it.
 static bool parse_cache_name(const ggml_tensor * t, int & kind, int & il) {
-    for (; t; t = viewed(t)) {
-        char side = 0;
-        char end  = 0;
-        if (sscanf(t->name, "cache_%c_l%d%c", &side, &il, &end) == 2 && il >= 0 && (side == 'k' || side == 'v')) {
-            kind = side == 'k' ? MILLION_CAPTURE_K : MILLION_CAPTURE_V;
-            return true;
-        }
+    while (t && t->view_src) {
+        t = t->view_src;
     }
-    return false;
+    char side = 0;
+    char end  = 0;
+    if (!t || sscanf(t->name, "cache_%c_l%d%c", &side, &il, &end) != 2 || il < 0 || (side != 'k' && side != 'v')) {
+        return false;
+    }
+    kind = side == 'k' ? MILLION_CAPTURE_K : MILLION_CAPTURE_V;
+    return true;
 }
 
 million_capture * million_capture_init(uint32_t n_rows_max, uint32_t query_step, uint64_t seed, int32_t n_threads) {

@@ -346,20 +346,6 @@ ggml_type llama_million_layer_type(const llama_model & model, ggml_type type, ui
     return model.million->blobs[pq_type_of(type)][is_v].at(il).empty() ? GGML_TYPE_F16 : type;
 }
 
-ggml_tensor * llama_million_new_v(ggml_context * ctx, ggml_type type, int64_t n_embd, int64_t kv_size, int64_t n_stream) {
-    const size_t lead = ggml_is_pq(type) ? pq_v_lead(pq_type_of(type)) : 0;
-    if (lead == 0) {
-        return ggml_new_tensor_3d(ctx, type, n_embd, kv_size, n_stream);
-    }
-    const int64_t n_blocks = (lead + ggml_type_size(type) - 1) / ggml_type_size(type);
-    const size_t  row      = ggml_row_size(type, n_embd);
-    ggml_tensor * storage  = ggml_new_tensor_1d(ctx, type, n_embd * kv_size * n_stream + n_blocks * ggml_blck_size(type));
-    ggml_tensor * v        = ggml_view_3d(ctx, storage, n_embd, kv_size, n_stream, row, row * kv_size, lead);
-    v->op     = GGML_OP_NONE; // part of the cache, as other layers' V, and no view that a graph makes
-    v->src[0] = nullptr;
-    return v;
-}
-
 bool llama_million_can_have_tail(
         const llama_model & model, ggml_type type_k, ggml_type type_v, uint32_t n_layer, const std::function<bool(int32_t il)> & filter) {
     uint32_t n_coded = 0;

@@ -33,9 +33,6 @@ ggml_tensor * llama_million_codebook(
 // The type of one layer's K or V in a cache of type `type`: f16 for a layer that the file has no PQ codebook for.
 ggml_type llama_million_layer_type(const llama_model & model, ggml_type type, uint32_t il, bool is_v);
 
-// A layer's V in a cache: [n_stream][kv_size][n_embd], which begins where pq-layout.h says.
-ggml_tensor * llama_million_new_v(ggml_context * ctx, ggml_type type, int64_t n_embd, int64_t kv_size, int64_t n_stream);
-
 // Whether a cache of these types and layers can have an exact tail: all of its layers must have codes in K or V.
 bool llama_million_can_have_tail(const llama_model & model, ggml_type type_k, ggml_type type_v, uint32_t n_layer,
         const std::function<bool(int32_t il)> & filter);
