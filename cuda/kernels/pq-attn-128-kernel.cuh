@@ -1336,10 +1336,10 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
     const bool asks = ONE_ASKS ? tid == PQ_WARP : true; // not a thread of the first warp, which has the rows to see to
     if (ONE_ASKS && asks) {
         pq_bulk_open(tables_here);
-        if (comes_as_box<KT, false, R>()) {
+        if (comes_as_box<KT, false, R>() && n_tile > 0) { // without cells there is no map
             pq_prefetch_map(&maps.k);
         }
-        if (comes_as_box<VT, true, R>()) {
+        if (comes_as_box<VT, true, R>() && n_tile > 0) {
             pq_prefetch_map(&maps.v);
         }
     }
@@ -1597,8 +1597,8 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
             const int next = tiles.next(seen_tile);
             k_source.template wait<N_OTHERS>(phase);
             __syncwarp();
-            // The next tile is asked for when this one has been read. The order of a warp's reads and of its copies by lanes is that of the instructions; before it asks for a
-            // box, lookups with what it read must have been made.
+            // The next tile is asked for when this one has been read. The order of a warp's reads and of its copies by lanes is that of the instructions; a box is asked for
+            // when a later read has been waited for, as reads end in their order.
             uint32_t kw[R == 1 ? 4 : 1][k_words<KT>::N];
             if constexpr (R == 1) { // which has registers for the whole tile
 #pragma unroll
@@ -1616,7 +1616,7 @@ __global__ void __launch_bounds__(n_threads_128(R), 1) attn_128_kernel(const __g
                     for (int i = 0; i < k_words<KT>::N; i++) {
                         w[i] = kw[g8][i];
                     }
-                    if (K_BOX && g8 == 1) { // those of group 0 have
+                    if (K_BOX && g8 == 1) { // lookups of group 0 have been made, with words that were read
                         __syncwarp();
                         load_k(next);
                     }

@@ -74,7 +74,7 @@ struct smem_layout_128 {
 };
 
 // Of attn_128_kernel.
-smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_warps) {
+smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_warps, bool has_boxes) {
     const size_t NW = n_threads_128(R) / PQ_WARP;
     smem_layout_128 s;
     // after the tables their room serves the merge, beside it T_inv of V
@@ -92,7 +92,7 @@ smem_layout_128 get_smem_layout_128(const pq_attn_params & p, int R, int n_tail_
     s.merge_ml = take((4 * NW * R + 4 * R + 4 + R) * sizeof(float));
     s.sums     = take((size_t) R * 2 * 128 * sizeof(float));
     s.tail     = take((size_t) n_tail_warps * R * 128 * sizeof(float)); // first it holds turns of n_q tokens: there are no more than rows
-    s.barriers = take((1 + 2 * NW) * sizeof(uint64_t)); // of the tables, of K and V of each warp's tile
+    s.barriers = take((has_boxes ? 1 + 2 * NW : 0) * sizeof(uint64_t)); // of the tables, of K and V of each warp's tile
     s.bytes    = std::max(off, NW * PQ_WARP / PQ_ENCODE_FEW_THREADS * sizeof(pq_encode_group_smem)); // who encodes has nothing else left to do
     return s;
 }
@@ -102,16 +102,20 @@ size_t row_bytes(const pq_attn_params & p, const pq_attn_side & s) {
     return (p.n_head_kv - 1) * s.head_stride + pq_head_bytes(s.type, s.D);
 }
 
+bool has_boxes(const pq_cuda_device_props & device) {
+    return device.cc >= 90;
+}
+
 // Whether attn_128_kernel takes these parameters, where it has the shared memory: it copies 16 bytes of codes at a time, and boxes of cells that are rows.
 bool takes_kernel_128(const pq_attn_params & p, const pq_cuda_device_props & device, int R) {
     for (const pq_attn_side * s : { &p.k, &p.v }) {
         if (s->D != 128 || !is_coded(*s) || !s->tables || ((uintptr_t) s->data | s->row_stride | s->head_stride | s->stream_stride) % 16 != 0 ||
-            row_bytes(p, *s) > s->row_stride) {
+            (has_boxes(device) && row_bytes(p, *s) > s->row_stride)) {
             return false;
         }
     }
     return ((uintptr_t) p.q | p.q_token_stride | p.q_head_stride | p.q_stream_stride) % 16 == 0 &&
-           get_smem_layout_128(p, R, p.tail.n > 0).bytes <= device.smem_optin;
+           get_smem_layout_128(p, R, p.tail.n > 0, has_boxes(device)).bytes <= device.smem_optin;
 }
 
 // Whether the codes of every two heads are whole sectors of memory.
@@ -236,7 +240,7 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
     plan.rows_per_block = rows_per_block(n_rows);
     plan.n_row_groups   = (int32_t) div_up(n_rows, plan.rows_per_block);
     plan.n_sm           = device.n_sm;
-    plan.has_boxes       = device.cc >= 90;
+    plan.has_boxes      = has_boxes(device);
     const bool is_128   = takes_kernel_128(p, device, plan.rows_per_block);
     plan.n_threads      = is_128 ? n_threads_128(plan.rows_per_block) : n_threads(plan.rows_per_block);
 
@@ -278,10 +282,10 @@ pq_cuda_attn_plan pq_cuda_attn_make_plan(const pq_attn_params & p, const pq_cuda
         plan.counter_bytes = (size_t) n_base * sizeof(uint32_t);
         plan.scratch_bytes = plan.n_split == 1 ? 0 : (size_t) p.n_stream * p.n_head_kv * n_rows * plan.n_split * RECORD_128 * sizeof(float);
         const size_t per_warp = (size_t) R * 128 * sizeof(float);
-        const size_t room     = device.smem_optin - get_smem_layout_128(p, R, 0).bytes;
+        const size_t room     = device.smem_optin - get_smem_layout_128(p, R, 0, plan.has_boxes).bytes;
         // one warp fits, or another kernel would have been chosen
         plan.n_tail_warps = (int32_t) std::min<int64_t>({ plan.n_threads / PQ_WARP, div_up(plan.slots_per_split, TAIL_STEP), std::max<int64_t>(1, (int64_t) (room / per_warp)) });
-        plan.smem_bytes   = get_smem_layout_128(p, R, plan.n_tail_warps).bytes;
+        plan.smem_bytes   = get_smem_layout_128(p, R, plan.n_tail_warps, plan.has_boxes).bytes;
         return plan;
     }
     const int64_t n_list = plan.cells_per_split / cells_per_tile(plan.lanes) + plan.slots_per_split;
@@ -360,7 +364,7 @@ static cudaError_t make_tile_map(CUtensorMap & map, const pq_attn_params & p, co
         return cudaErrorCallRequiresNewerDriver;
     }
     const cuuint64_t dims[3]    = { row_bytes(p, s), (cuuint64_t) p.n_kv, (cuuint64_t) p.n_stream };
-    const cuuint64_t strides[2] = { s.row_stride, p.n_stream > 1 ? s.stream_stride : s.row_stride };
+    const cuuint64_t strides[2] = { s.row_stride, p.n_stream > 1 ? s.stream_stride : p.n_kv * s.row_stride };
     const cuuint32_t box[3]     = { tile_cell(s.type), TILE_128, 1 }, steps[3] = { 1, 1, 1 };
     const CUresult   res        = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, (void *) s.data, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                          turned ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -369,7 +373,7 @@ static cudaError_t make_tile_map(CUtensorMap & map, const pq_attn_params & p, co
 
 static cudaError_t run_128(const pq_attn_params & p, const pq_cuda_attn_plan & plan, const pq_encode_params * new_rows, const pq_cuda_rope * rope,
                            bool settled, uint8_t * dst_q8, void * scratch, void * counters, cudaStream_t stream) {
-    const smem_layout_128 s = get_smem_layout_128(p, plan.rows_per_block, plan.n_tail_warps);
+    const smem_layout_128 s = get_smem_layout_128(p, plan.rows_per_block, plan.n_tail_warps, plan.has_boxes);
     args_128 a = {};
     set_args(a, p, plan, scratch);
     a.by_row_groups   = small_divisor(plan.n_row_groups);

@@ -7,6 +7,10 @@
 
 #include <stdint.h>
 
+#if CUDART_VERSION < 12000
+#error "the PQ kernels need CUDA 12.0 or later, for copies of boxes (CUtensorMap): install a newer toolkit, or build without -DGGML_CUDA=ON"
+#endif
+
 #define PQ_DEVICE static __device__ __forceinline__
 
 constexpr int PQ_WARP = 32;

@@ -138,8 +138,7 @@ struct pq_cuda_prefill_step {
 // NULL, or why this can't be done: a score needs all of its terms, there is nothing to map, or rows do not lie as the kernels want them.
 const char * pq_cuda_prefill_unsupported(const pq_attn_params & p);
 
-// Makes q_mapped, puts the rows and the mask of the tail to their cells, and looks up all other rows of K and V. Queries come first: they
-// fit in where the last blocks of an encoder leave multiprocessors free.
+// Makes q_mapped, puts the rows and the mask of the tail to their cells, and looks up all other rows of K and V.
 cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, cudaStream_t stream);
 
 // After attention: p.dst becomes rows of V again, and the mask what it was.

@@ -8,7 +8,8 @@
 // afterwards: a merged copy of it would be as large as the whole mask.
 //
 // The rows that a prefill encodes are in the tail, so nothing here reads their codes. An encoder ahead in the stream may still run: its blocks for V end long
-// before those for K, which search twice, and queries are mapped beside them. The tail's rows wait for it, and the lookups of all others begin when it has ended.
+// before those for K, which search twice. Beside the latter queries are mapped, the mask is exchanged and lookups begin; only the tail's rows wait for the encoder.
+// Of each kernel one block waits for the kernel ahead, so that who waits for the last waits for all; blocks that wait keep others from beginning.
 //
 // Rows y lie in f16 and a flash attention may add them up in it, as it does with rows x: their mean, which mu takes out, is what grows with the context.
 //
@@ -42,11 +43,12 @@ struct pq_prefill_args {
     int32_t n_group;       // query heads of a KV head
     int32_t n_row_blocks;  // of a KV head's queries, or results
     int32_t n_slot_blocks; // of the tail's rows of a KV head
+    int32_t n_mask_blocks;
 };
 
 // Rows of a warp, times a map of a head: its rows are what an element of the input adds to the result, or, BY_ROW, each makes one element of it.
 // from(row): a row of the block, or any other that can be read where there is none; load(it, col): its elements col, col + 1.
-// to(row): where the result goes, or NULL; store(it, col, value). settled: nothing of this waits for the kernel ahead
+// to(row): where the result goes, or NULL; store(it, col, value). settled: nothing of this needs the kernel ahead
 template <bool BY_ROW, class FROM, class LOAD, class TO, class STORE>
 __device__ __forceinline__ void pq_prefill_map(bool settled, pq_prefill_smem & m, const __half * map, FROM from, LOAD load, TO to, STORE store) {
     constexpr int KS = PQ_PREFILL_D / 16;
@@ -103,9 +105,6 @@ __device__ __forceinline__ void pq_prefill_map(bool settled, pq_prefill_smem & m
                 store(dst1, n + 8 * j + 2 * t, make_float2(acc[j][2], acc[j][3]));
             }
         }
-    }
-    if (settled) {
-        pq_pdl_wait(); // who waits for this kernel waits for those ahead of it, too
     }
 }
 
@@ -165,10 +164,48 @@ __device__ __forceinline__ void pq_prefill_mask(const pq_cuda_prefill_step & s, 
     }
 }
 
-// ---- all that is mapped, and the mask ----
+// ---- rows of the tail ----
 
-// Queries, then rows of the tail of K and of V, then the mask.
-// grid: n_head_kv * n_row_blocks + 2 * n_head_kv * n_slot_blocks + blocks of the mask
+// Block `block` of 2 * n_head_kv * n_slot_blocks: of the heads of K, then of V. settled: nothing that the kernel ahead writes is wanted
+PQ_DEVICE void pq_prefill_tail_rows(const pq_prefill_args & a, pq_prefill_smem & smem, int block, bool settled) {
+    const pq_attn_params & p = a.s.p;
+    const bool is_v    = block >= p.n_head_kv * a.n_slot_blocks;
+    const int  head_kv = block / a.n_slot_blocks - (is_v ? p.n_head_kv : 0);
+    const int  slot0   = block % a.n_slot_blocks * PQ_PREFILL_ROWS;
+    const uint8_t * codebook = is_v ? p.v.codebook + head_kv * a.v.head_bytes : p.k.codebook + head_kv * a.k.head_bytes;
+    const float   * mu   = (const float *) (codebook + (is_v ? a.v.mu : a.k.mu));
+    const uint8_t * tail = is_v ? p.tail.v + head_kv * p.tail.v_head_stride : p.tail.k + head_kv * p.tail.k_head_stride;
+    const size_t    tail_row_stride = is_v ? p.tail.v_row_stride : p.tail.k_row_stride;
+    __half        * rows = (__half *) (is_v ? a.s.v_rows : a.s.k_rows) + head_kv * p.n_kv * PQ_PREFILL_D;
+    pq_prefill_map<false>(settled, smem, (const __half *) (codebook + (is_v ? a.v.T : a.k.T)),
+        [&](int row) { return (const __half *) (tail + min((int64_t) slot0 + row, p.tail.n - 1) * tail_row_stride); },
+        [&](const __half * x, int col) {
+            const float2 f = __half22float2(__ldcg((const __half2 *) (x + col))), m = __ldg((const float2 *) (mu + col)); // what an encoder wrote is in L2
+            return make_float2(f.x - m.x, f.y - m.y);
+        },
+        [&](int row) {
+            const int64_t cell = slot0 + row < p.tail.n ? pq_prefill_cell(a.s, slot0 + row) : -1;
+            return cell >= 0 ? rows + cell * PQ_PREFILL_D : nullptr; // a slot that is not in use may hold NaN
+        },
+        [&](__half * x, int col, float2 y) { // one row that overflows would be NaN in the results of all queries
+            *(__half2 *) (x + col) = __floats2half2_rn(fminf(fmaxf(y.x, -65504.0f), 65504.0f), fminf(fmaxf(y.y, -65504.0f), 65504.0f));
+        });
+}
+
+// After an encoder. It begins when that one has ended, as pq_prefill_rows_kernel sees to, beside the last lookups.
+// grid: 2 * n_head_kv * n_slot_blocks
+__global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_tail_kernel(const __grid_constant__ pq_prefill_args a) {
+    __shared__ __align__(16) pq_prefill_smem smem;
+    pq_prefill_tail_rows(a, smem, blockIdx.x, true);
+    if (blockIdx.x == 0) {
+        pq_pdl_wait();
+    }
+}
+
+// ---- queries and the mask ----
+
+// Queries, then the mask; then, after an encoder, a block that waits for it, otherwise rows of the tail.
+// grid: n_head_kv * n_row_blocks + blocks of the mask + 1, or 2 * n_head_kv * n_slot_blocks
 __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(const __grid_constant__ pq_prefill_args a) {
     __shared__ __align__(16) pq_prefill_smem smem;
     const pq_attn_params & p = a.s.p;
@@ -183,34 +220,17 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(co
         return;
     }
     block -= p.n_head_kv * a.n_row_blocks;
-    if (block < 2 * p.n_head_kv * a.n_slot_blocks) {
-        const bool is_v    = block >= p.n_head_kv * a.n_slot_blocks;
-        const int  head_kv = block / a.n_slot_blocks - (is_v ? p.n_head_kv : 0);
-        const int  slot0   = block % a.n_slot_blocks * PQ_PREFILL_ROWS;
-        const uint8_t * codebook = is_v ? p.v.codebook + head_kv * a.v.head_bytes : p.k.codebook + head_kv * a.k.head_bytes;
-        const float   * mu   = (const float *) (codebook + (is_v ? a.v.mu : a.k.mu));
-        const uint8_t * tail = is_v ? p.tail.v + head_kv * p.tail.v_head_stride : p.tail.k + head_kv * p.tail.k_head_stride;
-        const size_t    tail_row_stride = is_v ? p.tail.v_row_stride : p.tail.k_row_stride;
-        __half        * rows = (__half *) (is_v ? a.s.v_rows : a.s.k_rows) + head_kv * p.n_kv * PQ_PREFILL_D;
-        pq_prefill_map<false>(false, smem, (const __half *) (codebook + (is_v ? a.v.T : a.k.T)),
-            [&](int row) { return (const __half *) (tail + min((int64_t) slot0 + row, p.tail.n - 1) * tail_row_stride); },
-            [&](const __half * x, int col) {
-                const float2 f = __half22float2(*(const __half2 *) (x + col)), m = __ldg((const float2 *) (mu + col));
-                return make_float2(f.x - m.x, f.y - m.y);
-            },
-            [&](int row) {
-                const int64_t cell = slot0 + row < p.tail.n ? pq_prefill_cell(a.s, slot0 + row) : -1;
-                return cell >= 0 ? rows + cell * PQ_PREFILL_D : nullptr; // a slot that is not in use may hold NaN
-            },
-            [&](__half * x, int col, float2 y) { // one row that overflows would be NaN in the results of all queries
-                *(__half2 *) (x + col) = __floats2half2_rn(fminf(fmaxf(y.x, -65504.0f), 65504.0f), fminf(fmaxf(y.y, -65504.0f), 65504.0f));
-            });
-        return;
+    if (block < a.n_mask_blocks) {
+        pq_prefill_mask<true>(a.s, block);
+    } else if (a.s.after_encode) {
+        pq_pdl_launch_next();
+        pq_pdl_wait();
+    } else {
+        pq_prefill_tail_rows(a, smem, block - a.n_mask_blocks, false);
     }
-    pq_prefill_mask<true>(a.s, block - 2 * p.n_head_kv * a.n_slot_blocks);
 }
 
-// ---- all other rows of K and V ----
+// ---- rows of K and V, but for those of the tail ----
 
 // Lookups alone, as fast as memory takes them. 16 threads share a row, so that a warp stores whole lines; the codes of the next rows are on their way while
 // these are looked up.
@@ -251,10 +271,13 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS, PQ_ROWS_BLOCKS) pq_prefill
     for (int i = tid; i < PQ_ROWS_TILE_BITS / 32; i += PQ_PREFILL_THREADS) {
         tiles_of_tail[i] = 0;
     }
+    const bool waits = a.after_encode && blockIdx.x + blockIdx.y == 0; // in the end: then the rows of the tail may begin
     if (!a.after_encode) {
         pq_pdl_wait();
     }
-    pq_pdl_launch_next();
+    if (!waits) {
+        pq_pdl_launch_next();
+    }
 
     const int j = tid % 16, n_rows = a.n_rows, step = gridDim.x * PQ_ROWS_TILE;
     const uint8_t * codes = s.codes + head * s.codes_head_stride;
@@ -323,8 +346,9 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS, PQ_ROWS_BLOCKS) pq_prefill
             c[PQ_ROWS_TURNS - 1][i] = c_then[i];
         }
     }
-    if (a.after_encode) {
-        pq_pdl_wait(); // who waits for this kernel waits for those ahead of it, too
+    if (waits) {
+        pq_pdl_wait();
+        pq_pdl_launch_next();
     }
 }
 

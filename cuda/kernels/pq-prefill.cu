@@ -34,11 +34,8 @@ static pq_prefill_args get_args(const pq_cuda_prefill_step & s) {
     a.n_group       = p.n_head / p.n_head_kv;
     a.n_row_blocks  = (int32_t) ((p.n_q * a.n_group + PQ_PREFILL_ROWS - 1) / PQ_PREFILL_ROWS);
     a.n_slot_blocks = (int32_t) ((p.tail.n + PQ_PREFILL_ROWS - 1) / PQ_PREFILL_ROWS);
+    a.n_mask_blocks = (int32_t) ((p.tail.n + PQ_PREFILL_THREADS - 1) / PQ_PREFILL_THREADS * ((p.n_q + PQ_PREFILL_TOKENS - 1) / PQ_PREFILL_TOKENS));
     return a;
-}
-
-static int64_t n_mask_blocks(const pq_attn_params & p) {
-    return (p.tail.n + PQ_PREFILL_THREADS - 1) / PQ_PREFILL_THREADS * ((p.n_q + PQ_PREFILL_TOKENS - 1) / PQ_PREFILL_TOKENS);
 }
 
 // ---- rows ----
@@ -91,7 +88,8 @@ cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, cudaStream_t s
         return err;
     }
     const pq_prefill_args a = get_args(s);
-    const int64_t n_blocks = s.p.n_head_kv * (a.n_row_blocks + 2 * a.n_slot_blocks) + n_mask_blocks(s.p);
+    const int64_t n_tail_blocks = 2 * s.p.n_head_kv * a.n_slot_blocks;
+    const int64_t n_blocks      = s.p.n_head_kv * a.n_row_blocks + a.n_mask_blocks + (s.after_encode ? 1 : n_tail_blocks);
     err = pq_launch(pq_prefill_begin_kernel, dim3((unsigned) n_blocks), PQ_PREFILL_THREADS, 0, stream, a);
     if (err == cudaSuccess) {
         const int n_sides = s.p.k.type == s.p.v.type ? 2 : 1;
@@ -100,11 +98,14 @@ cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, cudaStream_t s
             err = look_up_rows(s, 1, 1, device, stream);
         }
     }
+    if (err == cudaSuccess && s.after_encode && n_tail_blocks > 0) {
+        err = pq_launch(pq_prefill_tail_kernel, dim3((unsigned) n_tail_blocks), PQ_PREFILL_THREADS, 0, stream, a);
+    }
     return err;
 }
 
 cudaError_t pq_cuda_prefill_end(const pq_cuda_prefill_step & s, cudaStream_t stream) {
     const pq_prefill_args a = get_args(s);
-    const int64_t n_blocks = s.p.n_head_kv * a.n_row_blocks + n_mask_blocks(s.p);
+    const int64_t n_blocks = s.p.n_head_kv * a.n_row_blocks + a.n_mask_blocks;
     return pq_launch(pq_prefill_end_kernel, dim3((unsigned) n_blocks), PQ_PREFILL_THREADS, 0, stream, a);
 }

@@ -909,7 +909,7 @@ static void test_quick_step(const pq_cuda_device_props & props) {
     run_step({ P4, P4, 2, 2, 1, 1, 700, 64, 0, true, ROPE_PAIRS }, props);
     run_step({ P3, P2, 4, 1, 2, 1, 700, 40, 1, true, ROPE_NEOX_YARN }, props);
     run_step({ P4, P2, 1, 1, 1, 8, 31, 64, 0, false, ROPE_NEOX }, props);
-    run_step({ P3, P3, 4, 4, 1, 1, 700, 64, 0, true, ROPE_PAIRS }, props); // heads in pairs, one of them in two lines
+    run_step({ P3, P3, 4, 4, 1, 1, 700, 64, 0, true, ROPE_PAIRS }, props); // heads in pairs
     run_step({ P3, P3, 8, 2, 1, 1, 700, 64, 0, true, ROPE_NEOX }, props);
 }
 
@@ -986,9 +986,15 @@ static void test_plan() {
     p.n_head = 32; p.n_head_kv = 32; p.n_stream = 1; p.n_q = 1; p.n_kv = 32768; p.k.type = p.v.type = PQ_TYPE_PQ4; p.k.D = p.v.D = 128;
     check(plan_of(p).kernel != PQ_CUDA_ATTN_128, "no tables: another kernel");
     p.k.tables = p.v.tables = somewhere;
-    p.k.row_stride = p.v.row_stride = p.k.head_stride = 64;
-    p.v.head_stride = 64 * p.n_kv;
-    check(pq_cuda_attn_make_plan(p, h200).kernel != PQ_CUDA_ATTN_128, "heads that are not side by side: another kernel");
+    for (int apart = 0; apart < 3; apart++) { // neither side's heads, those of K, of V
+        pq_attn_params x = p;
+        for (int i = 0; i < 2; i++) {
+            pq_attn_side & side = i ? x.v : x.k;
+            side.head_stride = apart == i + 1 ? 64 * p.n_kv : 64;
+            side.row_stride  = apart == i + 1 ? 64 : 64 * p.n_head_kv;
+        }
+        check((pq_cuda_attn_make_plan(x, h200).kernel == PQ_CUDA_ATTN_128) == (apart == 0), "heads that are not side by side (%d): another kernel", apart);
+    }
     check(plan_of(p).n_split == 4, "Llama-2-7B geometry at 32768: split %d", plan_of(p).n_split);
     p.n_head_kv = 8;
     check(plan_of(p).n_split == 16, "Llama-3.1-8B geometry at 32768: split %d", plan_of(p).n_split);
