@@ -35,7 +35,7 @@ _KL = [
 ]  # later ones count
 _KL_TEXT = "heldout"
 _KL_TITLE = "ref-33m, held-out text: what a KV cache type costs"
-_H200 = _RESULTS / "2026-11-27c-h200"
+_H200 = _RESULTS / "2026-11-27d-h200"
 _SPEED = [
     ([_H200 / "7b.json", _H200 / "7b-128k.json"], "Llama-2-7B (32 KV heads)"),
     ([_H200 / "8b.json", _H200 / "8b-128k.json"], "Llama-3.1-8B (8 KV heads)"),
