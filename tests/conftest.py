@@ -27,11 +27,9 @@ from helpers import make_set, write_model  # noqa: E402
 from million_gguf import container, paths  # noqa: E402
 from million_gguf.errors import MillionError  # noqa: E402
 
-# A shell starts background jobs with SIGINT ignored, and nohup with SIGHUP. Children would inherit that: the tests of interruptions need both back.
+# A shell starts background jobs with SIGINT ignored, and children would inherit that: the tests of Ctrl-C need it back.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 N_TOKENS = 8192  # calibration tokens of the demo model in tests: quick, and enough for text that makes sense

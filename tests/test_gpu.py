@@ -8,7 +8,6 @@ built with CUDA.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import re
 import shutil
@@ -123,29 +122,28 @@ def perplexity(backend: str, model: Path, logits: Path, cache: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def mean_kl(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[float, float]]:
-    """Mean KL divergence of a cache type from f16 and its standard error, both on the same backend: so that it is the cache
-    that is compared, and not the matrix products."""
+def mean_kl(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], float]:
+    """Mean KL divergence of a cache type from f16, both on the same backend: so that it is the cache that is compared,
+    and not the matrix products."""
     folder = tmp_path_factory.mktemp("logits")
 
-    def measure(backend: str, cache: str) -> tuple[float, float]:
+    def measure(backend: str, cache: str) -> float:
         base = folder / f"{backend}.kld"
         if not base.is_file():
             perplexity(backend, demo_gguf, base, "f16")
         text = perplexity(backend, demo_gguf, base, cache)
-        found = re.search(r"Mean\s+KLD:\s+([-\d.e]+)\s+±\s+([\d.e-]+)", text)
+        found = re.search(r"Mean\s+KLD:\s+([-\d.e]+)", text)
         assert found, text[-2000:]
-        return float(found[1]), float(found[2])
+        return float(found[1])
 
     return measure
 
 
 @pytest.mark.native
 @pytest.mark.parametrize("cache", PQ_TYPES)
-def test_cache_error_is_that_of_the_cpu(mean_kl: Callable[[str, str], tuple[float, float]], cache: str) -> None:
-    """To 2 %, and what 8192 tokens leave to chance."""
-    (cuda, cuda_error), (cpu, cpu_error) = mean_kl("CUDA", cache), mean_kl("CPU", cache)
-    assert cuda == pytest.approx(cpu, abs=0.02 * cpu + math.hypot(cuda_error, cpu_error))
+def test_cache_error_is_that_of_the_cpu(mean_kl: Callable[[str, str], float], cache: str) -> None:
+    """pq4's 0.001 on this small model are so few that products which are rounded otherwise show: 3 % on an H200 (ref-33m: 1 %)."""
+    assert mean_kl("CUDA", cache) == pytest.approx(mean_kl("CPU", cache), rel=0.05 if cache == "pq4" else 0.02)
 
 
 @pytest.mark.native

@@ -1,5 +1,5 @@
 // How the kernels are launched: with programmatic dependent launch (PDL) where the device has it. A kernel then starts
-// while the one before it still runs; before pq_pdl_wait() it may only read what no kernel of the stream writes (codebooks).
+// while the one before it still runs; before pq_pdl_wait() it may only touch what no kernel that may still run writes (codebooks; what its caller says is settled).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,8 @@
 #include <atomic>
 #include <stddef.h>
 
-// Waits until all kernels before this one are complete and their writes are visible. Every block calls it or returns at once.
+// Waits until all kernels before this one are complete and their writes are visible. At least one block of every kernel calls it, or the kernel could be complete before
+// those ahead of it, which who waits for this one relies on.
 static __device__ __forceinline__ void pq_pdl_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();

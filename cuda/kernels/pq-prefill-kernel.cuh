@@ -7,9 +7,9 @@
 // are mapped forth, (x - mu) T, and take the places of their cells. The mask takes the tail's columns there while attention runs, and has its own back
 // afterwards: a merged copy of it would be as large as the whole mask.
 //
-// The rows that a prefill encodes are in the tail, so nothing here reads their codes. An encoder ahead in the stream may still run: its blocks for V end long
+// The rows that a prefill encodes are in the tail, so nothing here uses their codes. An encoder ahead in the stream may still run: its blocks for V end long
 // before those for K, which search twice. Beside the latter queries are mapped, the mask is exchanged and lookups begin; only the tail's rows wait for the encoder.
-// Of each kernel one block waits for the kernel ahead, so that who waits for the last waits for all; blocks that wait keep others from beginning.
+// There one block of each kernel waits for the kernel ahead, so that who waits for the last waits for all; blocks that wait keep others from beginning.
 //
 // Rows y lie in f16 and a flash attention may add them up in it, as it does with rows x: their mean, which mu takes out, is what grows with the context.
 //
@@ -254,6 +254,7 @@ struct pq_prefill_rows_args {
     const uint16_t     * cell_low, * cell_high;
     int64_t              n_slots;
     int32_t              n_rows, n_head_kv, after_encode;
+    int32_t              tail_follows; // the next kernel is pq_prefill_tail_kernel, which must not begin before the encoder has ended
 };
 
 // grid: (blocks that share a head, heads of all sides). Dynamic shared memory: the table, f16 [M][PQ_KSUB][DSUB]
@@ -271,11 +272,11 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS, PQ_ROWS_BLOCKS) pq_prefill
     for (int i = tid; i < PQ_ROWS_TILE_BITS / 32; i += PQ_PREFILL_THREADS) {
         tiles_of_tail[i] = 0;
     }
-    const bool waits = a.after_encode && blockIdx.x + blockIdx.y == 0; // in the end: then the rows of the tail may begin
+    const bool waits = a.after_encode && blockIdx.x + blockIdx.y == 0; // in the end
     if (!a.after_encode) {
         pq_pdl_wait();
     }
-    if (!waits) {
+    if (!waits || !a.tail_follows) {
         pq_pdl_launch_next();
     }
 
@@ -348,7 +349,10 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS, PQ_ROWS_BLOCKS) pq_prefill
     }
     if (waits) {
         pq_pdl_wait();
-        pq_pdl_launch_next();
+        __threadfence(); // what the encoder wrote is seen by a kernel that does not wait for it
+        if (a.tail_follows) {
+            pq_pdl_launch_next();
+        }
     }
 }
 

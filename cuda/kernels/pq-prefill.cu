@@ -49,6 +49,7 @@ static rows_kernel_t get_rows_kernel(bool aligned) {
 
 // Sides of the same type in one launch
 static cudaError_t look_up_rows(const pq_cuda_prefill_step & s, int first, int n_sides, const pq_cuda_device_props & device, cudaStream_t stream) {
+    const bool last = first + n_sides == 2;
     const pq_attn_params & p = s.p;
     pq_prefill_rows_args a = {};
     uintptr_t codes = 0;
@@ -64,6 +65,7 @@ static cudaError_t look_up_rows(const pq_cuda_prefill_step & s, int first, int n
     a.n_rows       = (int32_t) p.n_kv;
     a.n_head_kv    = p.n_head_kv;
     a.after_encode = s.after_encode && p.tail.n > 0; // or the new codes are read
+    a.tail_follows = a.after_encode && last;
     const int type = first == 0 ? p.k.type : p.v.type;
     if ((type == PQ_TYPE_PQ4 && codes % 4 != 0) || (type == PQ_TYPE_PQ2 && codes % 2 != 0)) {
         return cudaErrorMisalignedAddress;
@@ -78,8 +80,8 @@ static cudaError_t look_up_rows(const pq_cuda_prefill_step & s, int first, int n
     return pq_launch(kernel, grid, PQ_PREFILL_THREADS, PQ_ROWS_TABLE, stream, a);
 }
 
-cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, cudaStream_t stream) {
-    if (s.p.n_kv < 1 || s.p.n_kv > INT32_MAX / 2) {
+cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & step, cudaStream_t stream) {
+    if (step.p.n_kv < 1 || step.p.n_kv > INT32_MAX / 2) {
         return cudaErrorInvalidValue;
     }
     pq_cuda_device_props device;
@@ -87,6 +89,8 @@ cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, cudaStream_t s
     if (err != cudaSuccess) {
         return err;
     }
+    pq_cuda_prefill_step s = step;
+    s.after_encode = step.after_encode && device.cc >= 90; // before that no kernel begins early
     const pq_prefill_args a = get_args(s);
     const int64_t n_tail_blocks = 2 * s.p.n_head_kv * a.n_slot_blocks;
     const int64_t n_blocks      = s.p.n_head_kv * a.n_row_blocks + a.n_mask_blocks + (s.after_encode ? 1 : n_tail_blocks);

@@ -5,6 +5,7 @@
 //   pq-cuda-codec-test bench    median times: K and V of one layer, of an MHA model (32 heads) and a GQA model (8), D = 128
 #include "../cpu/pq-cpu.h"
 #include "../kernels/pq-cuda.h"
+#include "../kernels/pq-launch.cuh"
 
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -49,6 +50,15 @@ template <class T> struct device_array {
         return v;
     }
 };
+
+// Rows of K and V, n elements each, as the next kernel finds them.
+static __global__ void copy_after_wait(const uint16_t * k, const uint16_t * v, size_t n, uint16_t * seen) {
+    pq_pdl_wait();
+    for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
+        seen[i]     = k[i];
+        seen[n + i] = v[i];
+    }
+}
 
 // Head blocks with normally distributed centroids; T is no inverse of T_inv, which neither direction minds.
 // twins: some centroids repeat others, so that two are equally near. aniso: codes are anisotropic, but for head 1, and for the second strip of others
@@ -674,7 +684,13 @@ static void test_prefill(const prefill_case & t) {
         }
         s.after_encode = after_encode;
         CUDA(pq_cuda_prefill_begin(s, 0));
+        const device_array<uint16_t> seen(d_k.n + d_v.n); // by who waits for the last kernel alone
+        CUDA(pq_launch(copy_after_wait, dim3(64), 256, 0, 0, d_k.p, d_v.p, d_k.n, seen.p));
         CUDA(cudaDeviceSynchronize());
+        std::vector<uint16_t> rows = d_k.host();
+        const std::vector<uint16_t> v_rows = d_v.host();
+        rows.insert(rows.end(), v_rows.begin(), v_rows.end());
+        check(seen.host() == rows, text + ": rows are not all there for the next kernel");
 
         // queries
         const std::vector<float> q_mapped = d_q_mapped.host();
@@ -775,6 +791,8 @@ static void test_code_space(bool quick) {
     }
     test_prefill({ PQ_TYPE_PQ4, PQ_TYPE_PQ4, 2, 1, 9, 256, 40 });
     test_prefill({ PQ_TYPE_PQ3, PQ_TYPE_PQ2, 4, 4, 33, 300, 0 });
+    test_prefill({ PQ_TYPE_PQ3, PQ_TYPE_PQ2, 2, 2, 9, 60, 20 });   // one tile, the encoder of few rows, two of it
+    test_prefill({ PQ_TYPE_PQ2, PQ_TYPE_PQ4, 3, 1, 40, 200, 80 }); // two of the encoder of many
     if (!quick) {
         test_prefill({ PQ_TYPE_PQ2, PQ_TYPE_PQ4, 3, 1, 127, 1000, 129 });
         test_prefill({ PQ_TYPE_PQ4, PQ_TYPE_PQ4, 8, 2, 130, 70000, 640 }); // cells of more than 16 bits

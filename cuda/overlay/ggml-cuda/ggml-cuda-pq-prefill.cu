@@ -252,8 +252,8 @@ static pq_cuda_decode_side coded_side(const pq_attn_params & p, const pq_attn_si
 
 // ---- in the space of codes ----
 
-// Mapping a row of queries, results or the tail takes as long as is saved with four rows of K and V, and two launches as long as with 50000 (H100 and H200, kernels alone;
-// in a model measured at 32768 cells only).
+// Mapping a row of queries, results or the tail takes as long as is saved with four rows of K and V, and the launches (two when this was measured) as long as with 50000 (H100 and H200,
+// kernels alone; in a model measured at 32768 cells only).
 static bool pays_in_code_space(const pq_attn_params & p) {
     const bool mask_fits = p.n_kv == get_n_cols(p) && p.mask && (p.mask_token_stride | p.mask_stream_stride | (uintptr_t) p.mask) % 16 == 0;
     return mask_fits && p.n_kv * p.n_head_kv > 4 * (p.n_q * p.n_head + p.tail.n * p.n_head_kv) + 50000 && !pq_cuda_prefill_unsupported(p);
