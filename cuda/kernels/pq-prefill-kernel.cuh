@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS, PQ_ROWS_BLOCKS) pq_prefill
     for (int i = tid; i < PQ_ROWS_TILE_BITS / 32; i += PQ_PREFILL_THREADS) {
         tiles_of_tail[i] = 0;
     }
-    const bool waits = a.after_encode && blockIdx.x + blockIdx.y == 0; // in the end
+    const bool waits = a.after_encode && blockIdx.x + blockIdx.y == 0; // for the kernel ahead, in the end
     if (!a.after_encode) {
         pq_pdl_wait();
     }
