@@ -55,8 +55,8 @@ BUDGETS = (
     Budget("pq_decode_kernelILi[0-9]ELi[24]E", threads=256, blocks=2, spills=256),
     Budget("pq_decode_kernelILi[0-9]ELi8E", threads=256, blocks=1),  # y of head size 256 takes half the registers
     Budget("pq_decode_plain_kernel", threads=256, blocks=4),
-    Budget("pq_prefill_rows_kernel", threads=256, blocks=3),
-    Budget("pq_prefill_(begin|tail|end)_kernel", threads=256, blocks=2),
+    Budget("pq_prefill_rows_kernel", threads=512, blocks=2),  # so that a block leaves room for one of the encoder
+    Budget("pq_prefill_(begin|end)_kernel", threads=256, blocks=2),
     Budget("fill_random", threads=256, blocks=4),  # of the benchmark
     Budget("read_weights", threads=128, blocks=16),  # of the benchmark: all that a multiprocessor takes
     Budget("rope_(rows|turns)", threads=64, blocks=8),  # of the tests
@@ -159,7 +159,6 @@ def test_kernels_keep_their_budgets(build: Build) -> None:
             "pq_decode_kernel",
             "pq_decode_plain",
             "pq_prefill_begin",
-            "pq_prefill_tail",
             "pq_prefill_rows",
             "pq_prefill_end",
             "attn_128",

@@ -106,10 +106,10 @@ def test_backend_ops(op: str) -> None:
 
 
 def perplexity(backend: str, model: Path, logits: Path, cache: str) -> str:
-    """``llama-perplexity``: writes the logits of an f16 cache, or compares those of another cache with them. All tokens are read as codes: a
+    """``llama-perplexity``: writes logits, or compares with them where they are written. All tokens are read as codes: a
     prompt attends to its own micro-batch exactly where there is a tail, and what is left of the error then is noise."""
     where = ["-ngl", "0", "-dev", "none"] if backend == "CPU" else ["-ngl", "99"]
-    compare = [] if cache == "f16" else ["--kl-divergence"]
+    compare = ["--kl-divergence"] if logits.is_file() else []
     done = run(
         [
             *[tool("llama-perplexity"), "-m", model, "-f", TEXT, "-c", "512", "--chunks", "32", "-ub", "128", "-fa", "on"],
@@ -123,14 +123,14 @@ def perplexity(backend: str, model: Path, logits: Path, cache: str) -> str:
 
 @pytest.fixture(scope="module")
 def mean_kl(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], float]:
-    """Mean KL divergence of a cache type from f16, both on the same backend: so that it is the cache that is compared,
-    and not the matrix products."""
+    """Mean KL divergence of a backend and a cache type from the CPU and f16. The base is always the CPU's: where logits are f16, as the products of an f16
+    model are on CUDA, those that the tool keeps in 16 bits are rounded to one side. CUDA's f16 measured against itself is then -0.000026 and not 0, on the
+    bundled model, which is 3 % of pq4's error; against the CPU's it is 0.000008."""
     folder = tmp_path_factory.mktemp("logits")
+    base = folder / "f16.kld"
+    perplexity("CPU", demo_gguf, base, "f16")
 
     def measure(backend: str, cache: str) -> float:
-        base = folder / f"{backend}.kld"
-        if not base.is_file():
-            perplexity(backend, demo_gguf, base, "f16")
         text = perplexity(backend, demo_gguf, base, cache)
         found = re.search(r"Mean\s+KLD:\s+([-\d.e]+)", text)
         assert found, text[-2000:]
@@ -164,3 +164,21 @@ def test_a_step_in_one_launch_is_that_of_many(tmp_path: Path, rope: str) -> None
         largest = re.search(r"Maximum KLD:\s+([-\d.e]+)", done.stdout + done.stderr)
         assert largest, done.stdout[-2000:]
         assert float(largest[1]) < 1e-4
+
+
+@pytest.mark.native
+def test_a_long_prompt_beside_the_encoder_is_that_of_many_launches(tmp_path: Path) -> None:
+    """Prefill in the space of codes, which begins where a context is long enough, with rows that are encoded beside the lookups, against rows that are encoded
+    before. Both attend to the same codes and the same tail; a divergence of 1e-5 is that of logits in 16 bits."""
+    model, logits = tmp_path / "model.gguf", tmp_path / "logits"
+    maker = ROOT / "benchmarks" / "gpu" / "synthetic_gguf.py"
+    run([sys.executable, maker, "--geometry", "peaky", "--types", "pq4", "-o", model])
+    command = [
+        *[tool("llama-perplexity"), "-m", model, "-f", TEXT, "-c", "40960", "--chunks", "1", "-fa", "on", "-ngl", "99"],
+        *["-b", "512", "-ub", "512", "-ctk", "pq4", "-ctv", "pq4", "--kl-divergence-base", logits],
+    ]
+    run(command, GGML_CUDA_DISABLE_FUSION="1")
+    done = run([*command, "--kl-divergence"])
+    largest = re.search(r"Maximum KLD:\s+([-\d.e]+)", done.stdout + done.stderr)
+    assert largest, done.stdout[-2000:]
+    assert float(largest[1]) < 1e-4

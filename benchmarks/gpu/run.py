@@ -99,7 +99,7 @@ def batched(folder: Path, model: Path, cache: str, depth: int, n_seq: int, n_gen
     )
     (r,) = (json.loads(line) for line in out.splitlines() if line.startswith("{"))
     return {
-        "kind": "batched",
+        "kind": "batched" if n_seq > 1 else "decode",
         "cache": cache,
         "depth": depth,
         "sequences": n_seq,
@@ -158,7 +158,7 @@ def measure(a: argparse.Namespace) -> None:
     for depth in numbers(a.batched_depths):
         jobs += [
             (
-                f"batched {c} depth {depth}",
+                f"{a.sequences} sequences {c} depth {depth}",
                 lambda c=c, d=depth: batched(a.bin, a.model, c, d, a.sequences, a.gen, extra),
             )
             for c in caches
@@ -245,11 +245,15 @@ def main() -> None:
     p.add_argument("--types", default="f16,q8_0,q4_0,pq4,pq3,pq2", help="cache types; K/V for a mixture (%(default)s)")
     p.add_argument("--depths", default="0,4096,32768", help="of decode (%(default)s)")
     p.add_argument("--prefill-depths", default="", help="of prefill")
-    p.add_argument("--batched-depths", default="", help="of decode with several sequences")
+    p.add_argument(
+        "--batched-depths",
+        default="",
+        help="of decode with several sequences; with --sequences 1, decode without the copy of the cache that llama-bench keeps in memory",
+    )
     p.add_argument("--memory-ctx", default="", help="contexts to report the memory of")
     p.add_argument("--prompt", type=int, default=2048, help="tokens of a prefill (%(default)s)")
     p.add_argument("--gen", type=int, default=64, help="tokens of a decode (%(default)s)")
-    p.add_argument("--sequences", type=int, default=8, help="of batched decode (%(default)s)")
+    p.add_argument("--sequences", type=int, default=8, help="of --batched-depths (%(default)s)")
     p.add_argument("--repeat", type=int, default=3, help="repetitions; the median counts (%(default)s)")
     p.add_argument("--rounds", type=int, default=1, help="processes for each measurement, in turns (%(default)s)")
     p.add_argument("--extra", default="", help="more arguments for every program, in one string")

@@ -130,16 +130,15 @@ struct pq_cuda_prefill_step {
     uint16_t       * v_rows;
     uint8_t        * mask;      // p.mask, to be written
     uint16_t       * mask_kept; // [n_q][p.tail.n]
-    // The kernel ahead in the stream is pq_cuda_encode of rows that all have a slot of this tail, or of any rows where there is no tail. What it
-    // does not write is then read, and what it does not read is written, while it may still run.
-    int32_t          after_encode;
 };
 
 // NULL, or why this can't be done: a score needs all of its terms, there is nothing to map, or rows do not lie as the kernels want them.
 const char * pq_cuda_prefill_unsupported(const pq_attn_params & p);
 
-// Makes q_mapped, puts the rows and the mask of the tail to their cells, and looks up all other rows of K and V.
-cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, cudaStream_t stream);
+// Makes q_mapped, puts the rows and the mask of the tail to their cells, and looks up all other rows of K and V. new_rows (NULL: none): rows of K and of V to encode, which
+// pq_cuda_encode would do before it; where there is a tail, each has a slot of it, or of another stream's. Many rows that become rows of the tail are encoded beside the
+// lookups, which do not want their codes.
+cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, const pq_encode_params * new_rows, cudaStream_t stream);
 
 // After attention: p.dst becomes rows of V again, and the mask what it was.
 cudaError_t pq_cuda_prefill_end(const pq_cuda_prefill_step & s, cudaStream_t stream);

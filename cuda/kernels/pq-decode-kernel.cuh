@@ -107,8 +107,9 @@ __device__ __forceinline__ uint4 pq_decode_load_tail(const pq_cuda_decode_side &
         *((const uint4 *) (s.tail + source * s.tail_row_stride + head * s.tail_head_stride) + piece);
 }
 
+template <int THREADS = PQ_DECODE_THREADS>
 __device__ __forceinline__ void pq_decode_start_table(int D, const __half * centroids, __half * table) {
-    for (int i = threadIdx.x; i < D * PQ_KSUB / 8; i += PQ_DECODE_THREADS) {
+    for (int i = threadIdx.x; i < D * PQ_KSUB / 8; i += THREADS) {
         pq_cp_async((uint4 *) table + i, (const uint4 *) centroids + i);
     }
 }

@@ -163,14 +163,14 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
         if (p.x_f16) {
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
-                v[j].u = x[j] ? *(const uint4 *) x[j] : make_uint4(0, 0, 0, 0);
+                v[j].u = x[j] ? __ldcg((const uint4 *) x[j]) : make_uint4(0, 0, 0, 0); // past L1: the kernel may not have waited for who wrote it
             }
         } else {
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
                 const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                const float4 a = x[j] ? ((const float4 *) x[j])[0] : zero;
-                const float4 b = x[j] ? ((const float4 *) x[j])[1] : zero;
+                const float4 a = x[j] ? __ldcg((const float4 *) x[j]) : zero;
+                const float4 b = x[j] ? __ldcg((const float4 *) x[j] + 1) : zero;
                 v[j].h[0] = __floats2half2_rn(a.x, a.y);
                 v[j].h[1] = __floats2half2_rn(a.z, a.w);
                 v[j].h[2] = __floats2half2_rn(b.x, b.y);
@@ -717,10 +717,10 @@ __device__ __noinline__ void pq_encode_tile_judge(bool second, int n_rows, int n
     }
 }
 
-// grid: (strips, parts of the rows, heads of all sides). Heads of K come first: then most multiprocessors have one block of either side, and when that of V, which
-// searches once, has ended, the kernel behind in the stream can begin there. Dynamic shared memory: pq_encode_tile_smem
+// grid: (strips, parts of the rows, heads of all sides). Heads of K come first: those blocks search twice. settled: the kernel ahead in the stream began when what
+// is encoded was complete, and one block waits for its end. Dynamic shared memory: pq_encode_tile_smem
 template <int TYPE, int D_STEPS>
-__global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(const __grid_constant__ pq_encode_sides sides) {
+__global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(const __grid_constant__ pq_encode_sides sides, bool settled) {
     typedef pq_encode_geom<TYPE> G;
     constexpr int WARPS = PQ_ENCODE_THREADS / 32;
     extern __shared__ __align__(16) uint8_t pq_encode_smem[];
@@ -768,7 +768,9 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
         }
     }
     const bool anisotropic = __any_sync(0xffffffff, s.aniso[tid % 32] != 0.0f);
-    pq_pdl_wait();
+    if (!settled) {
+        pq_pdl_wait();
+    }
     pq_pdl_launch_next();
 
     for (; row0 < p.n_rows; row0 += step) {
@@ -807,6 +809,9 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
         }
         pq_encode_tile_store<TYPE>(side, head, col0, n_cols, n_rows, s);
         __syncthreads(); // codes and x are free
+    }
+    if (settled && blockIdx.x + blockIdx.y + blockIdx.z == 0) {
+        pq_pdl_wait();
     }
 }
 

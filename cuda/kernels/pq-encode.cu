@@ -1,4 +1,4 @@
-#include "pq-cuda.h"
+#include "pq-encode.cuh"
 #include "pq-encode-kernel.cuh"
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 static constexpr int64_t MAX_FEW_ROWS = 32;
 
 template <int D_STEPS>
-static cudaError_t launch_tile(const pq_encode_sides & sides, int n_heads, int n_strips, int64_t n_rows, int n_sm, cudaStream_t stream) {
+static cudaError_t launch_tile(const pq_encode_sides & sides, int n_heads, int n_strips, int64_t n_rows, bool settled, int n_sm, cudaStream_t stream) {
     typedef pq_encode_tile_smem<D_STEPS> smem;
     // Two blocks per multiprocessor, all at once: one more would start when the others have ended. A block that takes several tiles
     // loads its part of the codebook once.
@@ -15,9 +15,9 @@ static cudaError_t launch_tile(const pq_encode_sides & sides, int n_heads, int n
     const int64_t n_parts = std::min<int64_t>(n_tiles, std::max(1, 2 * n_sm / (n_heads * n_strips)));
     const dim3 grid(n_strips, (unsigned) n_parts, n_heads);
     switch (sides.side[0].p.type) {
-        case PQ_TYPE_PQ4: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ4, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides);
-        case PQ_TYPE_PQ3: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ3, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides);
-        case PQ_TYPE_PQ2: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ2, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides);
+        case PQ_TYPE_PQ4: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ4, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides, settled);
+        case PQ_TYPE_PQ3: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ3, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides, settled);
+        case PQ_TYPE_PQ2: return pq_launch(pq_encode_tile_kernel<PQ_TYPE_PQ2, D_STEPS>, grid, PQ_ENCODE_THREADS, sizeof(smem), stream, sides, settled);
         default:          return cudaErrorInvalidValue;
     }
 }
@@ -27,7 +27,22 @@ static bool wide_ok(const pq_encode_params & p) {
     return ((uintptr_t) p.x | p.x_row_stride | p.x_head_stride | (uintptr_t) p.tail | p.tail_row_stride) % 16 == 0;
 }
 
+bool pq_encodes_tiles(const pq_encode_params * params, int n_sides) {
+    int64_t n_rows = 0;
+    for (int i = 0; i < n_sides; i++) {
+        n_rows = std::max(n_rows, params[i].n_rows);
+        if (!wide_ok(params[i])) {
+            return false;
+        }
+    }
+    return n_rows > MAX_FEW_ROWS;
+}
+
 cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStream_t stream) {
+    return pq_encode(params, n_sides, false, stream);
+}
+
+cudaError_t pq_encode(const pq_encode_params * params, int n_sides, bool settled, cudaStream_t stream) {
     if (n_sides < 1 || n_sides > 2) {
         return cudaErrorInvalidValue;
     }
@@ -48,10 +63,6 @@ cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStr
     }
     const int n_strips = (max_D + PQ_ENCODE_STRIP - 1) / PQ_ENCODE_STRIP;
 
-    bool tile = n_rows > MAX_FEW_ROWS;
-    for (int i = 0; i < n_sides; i++) {
-        tile = tile && wide_ok(params[i]);
-    }
     int device = 0, n_sm = 0;
     cudaError_t err = cudaGetDevice(&device);
     if (err == cudaSuccess) {
@@ -60,17 +71,17 @@ cudaError_t pq_cuda_encode(const pq_encode_params * params, int n_sides, cudaStr
     if (err != cudaSuccess) {
         return err;
     }
-    if (!tile) { // rows of a block are searched for one after the other: no more of them than it takes for two blocks on every multiprocessor
+    if (!pq_encodes_tiles(params, n_sides)) { // rows of a block are searched for one after the other: no more of them than it takes for two blocks on every multiprocessor
         const int64_t n_parts  = std::max<int64_t>(1, 2 * n_sm / (n_heads * n_strips));
         const int64_t max_rows = std::min<int64_t>((n_rows + n_parts - 1) / n_parts, PQ_ENCODE_FEW_ROWS);
         const dim3 grid(n_heads, n_strips, (unsigned) ((n_rows + max_rows - 1) / max_rows));
         return pq_launch(pq_encode_few_kernel, grid, PQ_ENCODE_FEW_THREADS, 0, stream, sides, (int) max_rows);
     }
     if (n_sides == 2 && params[0].type != params[1].type) { // the tile kernel is compiled per type, to keep its registers few
-        err = pq_cuda_encode(params, 1, stream);
-        return err != cudaSuccess ? err : pq_cuda_encode(params + 1, 1, stream);
+        err = pq_encode(params, 1, settled, stream);
+        return err != cudaSuccess ? err : pq_encode(params + 1, 1, settled, stream);
     }
-    return max_D <= 64  ? launch_tile<4> (sides, n_heads, n_strips, n_rows, n_sm, stream) :
-           max_D <= 128 ? launch_tile<8> (sides, n_heads, n_strips, n_rows, n_sm, stream) :
-                          launch_tile<16>(sides, n_heads, n_strips, n_rows, n_sm, stream);
+    return max_D <= 64  ? launch_tile<4> (sides, n_heads, n_strips, n_rows, settled, n_sm, stream) :
+           max_D <= 128 ? launch_tile<8> (sides, n_heads, n_strips, n_rows, settled, n_sm, stream) :
+                          launch_tile<16>(sides, n_heads, n_strips, n_rows, settled, n_sm, stream);
 }

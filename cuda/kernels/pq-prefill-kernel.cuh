@@ -7,9 +7,10 @@
 // are mapped forth, (x - mu) T, and take the places of their cells. The mask takes the tail's columns there while attention runs, and has its own back
 // afterwards: a merged copy of it would be as large as the whole mask.
 //
-// The rows that a prefill encodes are in the tail, so nothing here uses their codes. An encoder ahead in the stream may still run: its blocks for V end long
-// before those for K, which search twice. Beside the latter queries are mapped, the mask is exchanged and lookups begin; only the tail's rows wait for the encoder.
-// There one block of each kernel waits for the kernel ahead, so that who waits for the last waits for all; blocks that wait keep others from beginning.
+// The rows that a prefill encodes are in the tail, so nothing here uses their codes, and what it wants of the tail it finds where the encoder does. So lookups, which
+// wait for memory, begin first, with half of every multiprocessor; the encoder of many rows, which computes, has the other half (from 9.0 on, where kernels begin
+// beside others), and queries, the tail and the mask take the place of who ends. All wait for what is ahead of the lookups because these do; who waits for the last kernel
+// waits for all, because one block of each waits for the kernel ahead. What was written in the same graph is read past L1, which those blocks that do not wait may have stale.
 //
 // Rows y lie in f16 and a flash attention may add them up in it, as it does with rows x: their mean, which mu takes out, is what grows with the context.
 //
@@ -37,9 +38,20 @@ constexpr int PQ_PREFILL_TOKENS  = 8;                            // of a block o
 
 typedef __half pq_prefill_smem[PQ_PREFILL_D][PQ_PREFILL_STRIDE]; // a map
 
+// Rows of K and V that are encoded meanwhile: their slots of the tail may not have them yet.
+struct pq_prefill_new_rows {
+    const uint8_t * x[2]; // of K, of V
+    size_t          row_stride[2], head_stride[2];
+    int32_t         f16[2]; // otherwise f32
+    const int64_t * slots;  // [n]
+    int64_t         slot0;  // of them, the first of this tail
+    int32_t         n;
+};
+
 struct pq_prefill_args {
     pq_cuda_prefill_step s;
     pq_codebook_layout k, v;
+    pq_prefill_new_rows new_rows;
     int32_t n_group;       // query heads of a KV head
     int32_t n_row_blocks;  // of a KV head's queries, or results
     int32_t n_slot_blocks; // of the tail's rows of a KV head
@@ -48,14 +60,14 @@ struct pq_prefill_args {
 
 // Rows of a warp, times a map of a head: its rows are what an element of the input adds to the result, or, BY_ROW, each makes one element of it.
 // from(row): a row of the block, or any other that can be read where there is none; load(it, col): its elements col, col + 1.
-// to(row): where the result goes, or NULL; store(it, col, value). settled: nothing of this needs the kernel ahead
-template <bool BY_ROW, class FROM, class LOAD, class TO, class STORE>
-__device__ __forceinline__ void pq_prefill_map(bool settled, pq_prefill_smem & m, const __half * map, FROM from, LOAD load, TO to, STORE store) {
+// to(row): where the result goes, or NULL; store(it, col, value). SETTLED: nothing of this needs the kernel ahead
+template <bool BY_ROW, bool SETTLED, class FROM, class LOAD, class TO, class STORE>
+__device__ __forceinline__ void pq_prefill_map(pq_prefill_smem & m, const __half * map, FROM from, LOAD load, TO to, STORE store) {
     constexpr int KS = PQ_PREFILL_D / 16;
     for (int i = threadIdx.x; i < PQ_PREFILL_D * PQ_PREFILL_D / 8; i += PQ_PREFILL_THREADS) {
         pq_cp_async(&m[i / (PQ_PREFILL_D / 8)][i % (PQ_PREFILL_D / 8) * 8], map + i * 8);
     }
-    if (!settled) {
+    if (!SETTLED) {
         pq_pdl_wait(); // codebooks never depend on the kernels ahead
     }
     pq_pdl_launch_next();
@@ -134,7 +146,7 @@ __device__ __forceinline__ void pq_prefill_mask(const pq_cuda_prefill_step & s, 
     const int64_t n_slot_blocks = (s.p.tail.n + PQ_PREFILL_THREADS - 1) / PQ_PREFILL_THREADS;
     const int64_t slot   = block % n_slot_blocks * PQ_PREFILL_THREADS + threadIdx.x;
     const int64_t token0 = block / n_slot_blocks * PQ_PREFILL_TOKENS;
-    if (!BEFORE || !s.after_encode) {
+    if (!BEFORE) {
         pq_pdl_wait();
     }
     pq_pdl_launch_next();
@@ -166,67 +178,82 @@ __device__ __forceinline__ void pq_prefill_mask(const pq_cuda_prefill_step & s, 
 
 // ---- rows of the tail ----
 
-// Block `block` of 2 * n_head_kv * n_slot_blocks: of the heads of K, then of V. settled: nothing that the kernel ahead writes is wanted
-PQ_DEVICE void pq_prefill_tail_rows(const pq_prefill_args & a, pq_prefill_smem & smem, int block, bool settled) {
+struct pq_prefill_row {
+    const uint8_t * x;
+    bool            f16; // otherwise f32
+};
+
+// Block `block` of 2 * n_head_kv * n_slot_blocks: of the heads of K, then of V.
+PQ_DEVICE void pq_prefill_tail_rows(const pq_prefill_args & a, pq_prefill_smem & smem, int block) {
+    __shared__ int32_t new_row[PQ_PREFILL_ROWS]; // of a slot of the block, or -1
     const pq_attn_params & p = a.s.p;
     const bool is_v    = block >= p.n_head_kv * a.n_slot_blocks;
     const int  head_kv = block / a.n_slot_blocks - (is_v ? p.n_head_kv : 0);
     const int  slot0   = block % a.n_slot_blocks * PQ_PREFILL_ROWS;
+    for (int i = threadIdx.x; i < PQ_PREFILL_ROWS; i += PQ_PREFILL_THREADS) {
+        new_row[i] = -1;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < a.new_rows.n; i += PQ_PREFILL_THREADS) {
+        const int64_t at = __ldg(a.new_rows.slots + i) - a.new_rows.slot0 - slot0;
+        if (at >= 0 && at < PQ_PREFILL_ROWS) {
+            new_row[at] = i;
+        }
+    }
+    __syncthreads();
     const uint8_t * codebook = is_v ? p.v.codebook + head_kv * a.v.head_bytes : p.k.codebook + head_kv * a.k.head_bytes;
     const float   * mu   = (const float *) (codebook + (is_v ? a.v.mu : a.k.mu));
     const uint8_t * tail = is_v ? p.tail.v + head_kv * p.tail.v_head_stride : p.tail.k + head_kv * p.tail.k_head_stride;
     const size_t    tail_row_stride = is_v ? p.tail.v_row_stride : p.tail.k_row_stride;
+    const uint8_t * x    = a.new_rows.x[is_v] + head_kv * a.new_rows.head_stride[is_v];
+    const size_t    x_row_stride = a.new_rows.row_stride[is_v];
+    const bool      x_f16 = a.new_rows.f16[is_v];
     __half        * rows = (__half *) (is_v ? a.s.v_rows : a.s.k_rows) + head_kv * p.n_kv * PQ_PREFILL_D;
-    pq_prefill_map<false>(settled, smem, (const __half *) (codebook + (is_v ? a.v.T : a.k.T)),
-        [&](int row) { return (const __half *) (tail + min((int64_t) slot0 + row, p.tail.n - 1) * tail_row_stride); },
-        [&](const __half * x, int col) {
-            const float2 f = __half22float2(__ldcg((const __half2 *) (x + col))), m = __ldg((const float2 *) (mu + col)); // what an encoder wrote is in L2
+    pq_prefill_map<false, true>(smem, (const __half *) (codebook + (is_v ? a.v.T : a.k.T)),
+        [&](int row) {
+            const int at = new_row[row];
+            return at >= 0 ? pq_prefill_row{ x + at * x_row_stride, x_f16 } : pq_prefill_row{ tail + min((int64_t) slot0 + row, p.tail.n - 1) * tail_row_stride, true };
+        },
+        [&](const pq_prefill_row & r, int col) { // as the tail has it, or is to have it
+            const __half2 h = r.f16 ? __ldcg((const __half2 *) (r.x + col * sizeof(__half))) : __float22half2_rn(__ldcg((const float2 *) (r.x + col * sizeof(float))));
+            const float2 f = __half22float2(h), m = __ldg((const float2 *) (mu + col));
             return make_float2(f.x - m.x, f.y - m.y);
         },
         [&](int row) {
             const int64_t cell = slot0 + row < p.tail.n ? pq_prefill_cell(a.s, slot0 + row) : -1;
             return cell >= 0 ? rows + cell * PQ_PREFILL_D : nullptr; // a slot that is not in use may hold NaN
         },
-        [&](__half * x, int col, float2 y) { // one row that overflows would be NaN in the results of all queries
-            *(__half2 *) (x + col) = __floats2half2_rn(fminf(fmaxf(y.x, -65504.0f), 65504.0f), fminf(fmaxf(y.y, -65504.0f), 65504.0f));
+        [&](__half * to, int col, float2 y) { // one row that overflows would be NaN in the results of all queries
+            *(__half2 *) (to + col) = __floats2half2_rn(fminf(fmaxf(y.x, -65504.0f), 65504.0f), fminf(fmaxf(y.y, -65504.0f), 65504.0f));
         });
 }
 
-// After an encoder. It begins when that one has ended, as pq_prefill_rows_kernel sees to, beside the last lookups.
-// grid: 2 * n_head_kv * n_slot_blocks
-__global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_tail_kernel(const __grid_constant__ pq_prefill_args a) {
-    __shared__ __align__(16) pq_prefill_smem smem;
-    pq_prefill_tail_rows(a, smem, blockIdx.x, true);
-    if (blockIdx.x == 0) {
-        pq_pdl_wait();
-    }
-}
+// ---- queries, rows of the tail and the mask ----
 
-// ---- queries and the mask ----
-
-// Queries, then the mask; then, after an encoder, a block that waits for it, otherwise rows of the tail.
-// grid: n_head_kv * n_row_blocks + blocks of the mask + 1, or 2 * n_head_kv * n_slot_blocks
+// Behind the lookups, which have waited for all that this reads.
+// grid: n_head_kv * n_row_blocks + 2 * n_head_kv * n_slot_blocks + blocks of the mask + 1, which waits
 __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(const __grid_constant__ pq_prefill_args a) {
     __shared__ __align__(16) pq_prefill_smem smem;
     const pq_attn_params & p = a.s.p;
+    const int n_query_blocks = p.n_head_kv * a.n_row_blocks, n_tail_blocks = 2 * p.n_head_kv * a.n_slot_blocks;
     int block = blockIdx.x;
-    if (block < p.n_head_kv * a.n_row_blocks) {
+    if (block < n_query_blocks) {
         const pq_prefill_queries rows(a, block);
-        pq_prefill_map<true>(a.s.after_encode, smem, (const __half *) (p.k.codebook + rows.head_kv * a.k.head_bytes + a.k.T_inv),
+        pq_prefill_map<true, true>(smem, (const __half *) (p.k.codebook + rows.head_kv * a.k.head_bytes + a.k.T_inv),
             [&](int row) { return (const float *) (p.q + rows.token(row) * p.q_token_stride + rows.head(row) * p.q_head_stride); },
-            [&](const float * q, int col) { return *(const float2 *) (q + col); },
+            [&](const float * q, int col) { return __ldcg((const float2 *) (q + col)); },
             [&](int row) { return row < rows.n ? a.s.q_mapped + ((int64_t) rows.token(row) * p.n_head + rows.head(row)) * PQ_PREFILL_D : nullptr; },
             [&](float * q, int col, float2 y) { *(float2 *) (q + col) = y; });
         return;
     }
-    block -= p.n_head_kv * a.n_row_blocks;
-    if (block < a.n_mask_blocks) {
-        pq_prefill_mask<true>(a.s, block);
-    } else if (a.s.after_encode) {
+    block -= n_query_blocks;
+    if (block < n_tail_blocks) {
+        pq_prefill_tail_rows(a, smem, block);
+    } else if (block < n_tail_blocks + a.n_mask_blocks) {
+        pq_prefill_mask<true>(a.s, block - n_tail_blocks);
+    } else {
         pq_pdl_launch_next();
         pq_pdl_wait();
-    } else {
-        pq_prefill_tail_rows(a, smem, block - a.n_mask_blocks, false);
     }
 }
 
@@ -234,63 +261,55 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(co
 
 // Lookups alone, as fast as memory takes them. 16 threads share a row, so that a warp stores whole lines; the codes of the next rows are on their way while
 // these are looked up.
+constexpr int PQ_ROWS_THREADS   = 512;  // half of what a multiprocessor has registers for
+constexpr int PQ_ROWS_STEP      = PQ_ROWS_THREADS / 16;
 constexpr int PQ_ROWS_AHEAD     = 4;    // rows of a thread
 constexpr int PQ_ROWS_TURNS     = 3;    // tiles of a block whose codes are on their way: reads wait long behind so many writes
-constexpr int PQ_ROWS_TILE      = PQ_ROWS_AHEAD * PQ_PREFILL_THREADS / 16;
-constexpr int PQ_ROWS_BLOCKS    = 3;    // of a multiprocessor: the tables leave room for no more
-constexpr int PQ_ROWS_TILE_BITS = 1024; // a bit for every tile, or for several. Three blocks must fit into 196 KB, or a device makes room for two
+constexpr int PQ_ROWS_TILE      = PQ_ROWS_AHEAD * PQ_ROWS_STEP;
+constexpr int PQ_ROWS_BLOCKS    = 2;    // of a multiprocessor, one where something else runs beside
+constexpr int PQ_ROWS_TILE_BITS = 1024; // a bit for every tile, or for several
 constexpr int PQ_ROWS_TABLE     = PQ_PREFILL_D * PQ_KSUB * (int) sizeof(__half);
 
-struct pq_prefill_rows_side {
-    const uint8_t * codes;
-    const uint8_t * codebook;
-    uint16_t      * rows;
-    size_t          codes_row_stride, codes_head_stride;
-    size_t          head_bytes, centroids; // of the codebook
+struct pq_prefill_rows_args { // of K, or of V
+    const uint8_t  * codes;
+    const uint8_t  * codebook;
+    uint16_t       * rows;
+    size_t           codes_row_stride, codes_head_stride;
+    size_t           head_bytes, centroids; // of the codebook
+    const uint16_t * cell_low, * cell_high;
+    int64_t          n_slots;
+    int32_t          n_rows;
+    int32_t          settled; // a kernel ahead was one of these, which has waited for all that this one reads
 };
 
-struct pq_prefill_rows_args {
-    pq_prefill_rows_side side[2]; // K and V, or only the first
-    const uint16_t     * cell_low, * cell_high;
-    int64_t              n_slots;
-    int32_t              n_rows, n_head_kv, after_encode;
-    int32_t              tail_follows; // the next kernel is pq_prefill_tail_kernel, which must not begin before the encoder has ended
-};
-
-// grid: (blocks that share a head, heads of all sides). Dynamic shared memory: the table, f16 [M][PQ_KSUB][DSUB]
+// grid: (blocks that share a head, heads). Dynamic shared memory: the table, f16 [M][PQ_KSUB][DSUB]
 template <int TYPE, bool ALIGNED /* codes, at a multiple of 2 bytes */>
-__global__ void __launch_bounds__(PQ_PREFILL_THREADS, PQ_ROWS_BLOCKS) pq_prefill_rows_kernel(const __grid_constant__ pq_prefill_rows_args a) {
+__global__ void __launch_bounds__(PQ_ROWS_THREADS, PQ_ROWS_BLOCKS) pq_prefill_rows_kernel(const __grid_constant__ pq_prefill_rows_args a) {
     extern __shared__ __align__(16) uint8_t pq_prefill_table[];
     __shared__ uint32_t tiles_of_tail[PQ_ROWS_TILE_BITS / 32]; // tile i has rows of the tail: bit i modulo their number
     __shared__ uint32_t rows_of_tail[PQ_ROWS_TILE / 32];       // of this tile
-    const int  tid    = threadIdx.x;
-    const bool second = (int) blockIdx.y >= a.n_head_kv;
-    const int  head   = blockIdx.y - (second ? a.n_head_kv : 0);
-    const pq_prefill_rows_side & s = a.side[second];
-    static_assert(PQ_PREFILL_THREADS == PQ_DECODE_THREADS, "all threads copy the table");
-    pq_decode_start_table(PQ_PREFILL_D, (const __half *) (s.codebook + head * s.head_bytes + s.centroids), (__half *) pq_prefill_table);
-    for (int i = tid; i < PQ_ROWS_TILE_BITS / 32; i += PQ_PREFILL_THREADS) {
+    const int tid  = threadIdx.x;
+    const int head = blockIdx.y;
+    pq_decode_start_table<PQ_ROWS_THREADS>(PQ_PREFILL_D, (const __half *) (a.codebook + head * a.head_bytes + a.centroids), (__half *) pq_prefill_table);
+    for (int i = tid; i < PQ_ROWS_TILE_BITS / 32; i += PQ_ROWS_THREADS) {
         tiles_of_tail[i] = 0;
     }
-    const bool waits = a.after_encode && blockIdx.x + blockIdx.y == 0; // for the kernel ahead, in the end
-    if (!a.after_encode) {
+    if (!a.settled) {
         pq_pdl_wait();
     }
-    if (!waits || !a.tail_follows) {
-        pq_pdl_launch_next();
-    }
+    pq_pdl_launch_next();
 
     const int j = tid % 16, n_rows = a.n_rows, step = gridDim.x * PQ_ROWS_TILE;
-    const uint8_t * codes = s.codes + head * s.codes_head_stride;
-    uint8_t       * dst   = (uint8_t *) (s.rows + (int64_t) head * n_rows * PQ_PREFILL_D) + j * 16;
+    const uint8_t * codes = a.codes + head * a.codes_head_stride;
+    uint8_t       * dst   = (uint8_t *) (a.rows + (int64_t) head * n_rows * PQ_PREFILL_D) + j * 16;
     auto load = [&](uint32_t (&c)[PQ_ROWS_AHEAD], int row) {
 #pragma unroll
         for (int i = 0; i < PQ_ROWS_AHEAD; i++) {
-            c[i] = pq_decode_load_unit<TYPE, ALIGNED>(codes + (int64_t) min(row + 16 * i, n_rows - 1) * s.codes_row_stride, j, PQ_PREFILL_D);
+            c[i] = pq_decode_load_unit<TYPE, ALIGNED>(codes + (int64_t) min(row + PQ_ROWS_STEP * i, n_rows - 1) * a.codes_row_stride, j, PQ_PREFILL_D);
         }
     };
     auto each_cell_of_tail = [&](auto f) {
-        for (int64_t slot = tid; slot < a.n_slots; slot += PQ_PREFILL_THREADS) {
+        for (int64_t slot = tid; slot < a.n_slots; slot += PQ_ROWS_THREADS) {
             const int32_t cell = pq_prefill_cell(a.cell_low, a.cell_high, slot);
             if (cell >= 0) {
                 f((uint32_t) cell);
@@ -315,7 +334,7 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS, PQ_ROWS_BLOCKS) pq_prefill
         const int row = row0 + tid / 16;
         uint32_t c_then[PQ_ROWS_AHEAD];
         load(c_then, row + PQ_ROWS_TURNS * step);
-        uint32_t skip = 0; // bit i: row + 16 * i is of the tail
+        uint32_t skip = 0; // bit i: row + PQ_ROWS_STEP * i is of the tail
         const uint32_t bit = row0 / PQ_ROWS_TILE % PQ_ROWS_TILE_BITS;
         if (tiles_of_tail[bit / 32] >> bit % 32 & 1) {
             __syncthreads(); // another tile's have been read
@@ -331,14 +350,15 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS, PQ_ROWS_BLOCKS) pq_prefill
             __syncthreads();
 #pragma unroll
             for (int i = 0; i < PQ_ROWS_AHEAD; i++) {
-                skip |= (rows_of_tail[i / 2] >> (tid / 16 + 16 * (i % 2)) & 1) << i;
+                const int at = tid / 16 + PQ_ROWS_STEP * i;
+                skip |= (rows_of_tail[at / 32] >> at % 32 & 1) << i;
             }
         }
 #pragma unroll
         for (int i = 0; i < PQ_ROWS_AHEAD; i++) {
             const uint4 y = pq_decode_lookup<TYPE, false>((const __half *) pq_prefill_table, c[0][i], j);
-            if (row + 16 * i < n_rows && !(skip >> i & 1)) {
-                __stcs((uint4 *) (dst + (int64_t) (row + 16 * i) * (PQ_PREFILL_D * sizeof(__half))), y); // of a long context L2 holds no row until it is read
+            if (row + PQ_ROWS_STEP * i < n_rows && !(skip >> i & 1)) {
+                __stcs((uint4 *) (dst + (int64_t) (row + PQ_ROWS_STEP * i) * (PQ_PREFILL_D * sizeof(__half))), y); // of a long context L2 holds no row until it is read
             }
 #pragma unroll
             for (int turn = 1; turn < PQ_ROWS_TURNS; turn++) {
@@ -347,12 +367,8 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS, PQ_ROWS_BLOCKS) pq_prefill
             c[PQ_ROWS_TURNS - 1][i] = c_then[i];
         }
     }
-    if (waits) {
+    if (a.settled && blockIdx.x + blockIdx.y == 0) {
         pq_pdl_wait();
-        __threadfence(); // what the encoder wrote is seen by a kernel that does not wait for it
-        if (a.tail_follows) {
-            pq_pdl_launch_next();
-        }
     }
 }
 
@@ -372,7 +388,7 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_end_kernel(cons
     const uint8_t * codebook = p.v.codebook + rows.head_kv * a.v.head_bytes;
     const float   * mu       = (const float *) (codebook + a.v.mu);
     auto at = [&](int row) { return (float *) ((uint8_t *) p.dst + rows.token(row) * p.dst_token_stride + rows.head(row) * p.dst_head_stride); };
-    pq_prefill_map<false>(false, smem, (const __half *) (codebook + a.v.T_inv),
+    pq_prefill_map<false, false>(smem, (const __half *) (codebook + a.v.T_inv),
         at,
         [&](const float * x, int col) { return *(const float2 *) (x + col); },
         [&](int row) { return row < rows.n ? at(row) : nullptr; },

@@ -1,4 +1,4 @@
-#include "pq-cuda.h"
+#include "pq-encode.cuh"
 #include "pq-prefill-kernel.cuh"
 
 #include <algorithm>
@@ -40,6 +40,8 @@ static pq_prefill_args get_args(const pq_cuda_prefill_step & s) {
 
 // ---- rows ----
 
+static constexpr int ROWS_CARVEOUT = 70; // percent of what there is, 228 KB on 9.0: 66 KB for a block of lookups, 89 for one of the encoder
+
 typedef void (*rows_kernel_t)(pq_prefill_rows_args);
 
 template <int TYPE>
@@ -47,41 +49,58 @@ static rows_kernel_t get_rows_kernel(bool aligned) {
     return aligned ? pq_prefill_rows_kernel<TYPE, true> : pq_prefill_rows_kernel<TYPE, TYPE != PQ_TYPE_PQ3>;
 }
 
-// Sides of the same type in one launch
-static cudaError_t look_up_rows(const pq_cuda_prefill_step & s, int first, int n_sides, const pq_cuda_device_props & device, cudaStream_t stream) {
-    const bool last = first + n_sides == 2;
-    const pq_attn_params & p = s.p;
+static cudaError_t look_up_rows(const pq_cuda_prefill_step & s, bool is_v, int max_blocks, cudaStream_t stream) {
+    const pq_attn_side     & from = is_v ? s.p.v : s.p.k;
+    const pq_codebook_layout l    = pq_get_codebook_layout(from.D, from.has_transform);
     pq_prefill_rows_args a = {};
-    uintptr_t codes = 0;
-    for (int i = 0; i < n_sides; i++) {
-        const pq_attn_side     & from = first + i == 0 ? p.k : p.v;
-        const pq_codebook_layout l    = pq_get_codebook_layout(from.D, from.has_transform);
-        a.side[i] = { from.data, from.codebook, first + i == 0 ? s.k_rows : s.v_rows, from.row_stride, from.head_stride, l.head_bytes, l.centroids };
-        codes |= (uintptr_t) from.data | from.row_stride | from.head_stride;
-    }
-    a.cell_low     = s.cell_low;
-    a.cell_high    = s.cell_high;
-    a.n_slots      = p.tail.n;
-    a.n_rows       = (int32_t) p.n_kv;
-    a.n_head_kv    = p.n_head_kv;
-    a.after_encode = s.after_encode && p.tail.n > 0; // or the new codes are read
-    a.tail_follows = a.after_encode && last;
-    const int type = first == 0 ? p.k.type : p.v.type;
-    if ((type == PQ_TYPE_PQ4 && codes % 4 != 0) || (type == PQ_TYPE_PQ2 && codes % 2 != 0)) {
+    a.codes             = from.data;
+    a.codebook          = from.codebook;
+    a.rows              = is_v ? s.v_rows : s.k_rows;
+    a.codes_row_stride  = from.row_stride;
+    a.codes_head_stride = from.head_stride;
+    a.head_bytes        = l.head_bytes;
+    a.centroids         = l.centroids;
+    a.cell_low          = s.cell_low;
+    a.cell_high         = s.cell_high;
+    a.n_slots           = s.p.tail.n;
+    a.n_rows            = (int32_t) s.p.n_kv;
+    a.settled           = is_v;
+    const uintptr_t codes = (uintptr_t) from.data | from.row_stride | from.head_stride;
+    if ((from.type == PQ_TYPE_PQ4 && codes % 4 != 0) || (from.type == PQ_TYPE_PQ2 && codes % 2 != 0)) {
         return cudaErrorMisalignedAddress;
     }
-    // All blocks run at once: one more would start when the others have ended.
-    const int n_tiles = (a.n_rows + PQ_ROWS_TILE - 1) / PQ_ROWS_TILE;
-    const int n_heads = n_sides * p.n_head_kv;
-    const dim3 grid((unsigned) std::min(n_tiles, std::max(1, PQ_ROWS_BLOCKS * device.n_sm / n_heads)), (unsigned) n_heads);
-    const rows_kernel_t kernel = type == PQ_TYPE_PQ4 ? get_rows_kernel<PQ_TYPE_PQ4>(true) :
-                                 type == PQ_TYPE_PQ3 ? get_rows_kernel<PQ_TYPE_PQ3>(codes % 2 == 0) :
-                                                       get_rows_kernel<PQ_TYPE_PQ2>(true);
-    return pq_launch(kernel, grid, PQ_PREFILL_THREADS, PQ_ROWS_TABLE, stream, a);
+    const int  n_tiles = (a.n_rows + PQ_ROWS_TILE - 1) / PQ_ROWS_TILE;
+    const dim3 grid((unsigned) std::min(n_tiles, std::max(1, max_blocks / s.p.n_head_kv)), (unsigned) s.p.n_head_kv);
+    const rows_kernel_t kernel = from.type == PQ_TYPE_PQ4 ? get_rows_kernel<PQ_TYPE_PQ4>(true) :
+                                 from.type == PQ_TYPE_PQ3 ? get_rows_kernel<PQ_TYPE_PQ3>(codes % 2 == 0) :
+                                                            get_rows_kernel<PQ_TYPE_PQ2>(true);
+    // A multiprocessor's shared memory is split for the first of those that meet there: with room for a block of the encoder, or none comes beside.
+    const cudaError_t err = cudaFuncSetAttribute((const void *) kernel, cudaFuncAttributePreferredSharedMemoryCarveout, ROWS_CARVEOUT);
+    return err != cudaSuccess ? err : pq_launch(kernel, grid, PQ_ROWS_THREADS, PQ_ROWS_TABLE, stream, a);
 }
 
-cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & step, cudaStream_t stream) {
-    if (step.p.n_kv < 1 || step.p.n_kv > INT32_MAX / 2) {
+// Whether the rows of the tail that rows to encode become can be read where these are, and if so, which slot of theirs is the first of this tail.
+static bool finds_new_rows(const pq_attn_params & p, const pq_encode_params * rows, int64_t * slot0) {
+    if (p.tail.n == 0 || rows[0].tail_idx != rows[1].tail_idx || rows[0].n_rows != rows[1].n_rows || rows[0].n_rows > INT32_MAX) {
+        return false;
+    }
+    const uint8_t * const tails[2] = { p.tail.k, p.tail.v };
+    const size_t strides[2] = { p.tail.k_row_stride, p.tail.v_row_stride }, head_strides[2] = { p.tail.k_head_stride, p.tail.v_head_stride };
+    for (int i = 0; i < 2; i++) {
+        const size_t pair = 2 * (rows[i].x_f16 ? sizeof(__half) : sizeof(float));
+        const ptrdiff_t lead = tails[i] - rows[i].tail, stride = (ptrdiff_t) strides[i];
+        if (!rows[i].tail || rows[i].D != PQ_PREFILL_D || rows[i].n_head_kv != p.n_head_kv || rows[i].tail_row_stride != strides[i] ||
+            head_strides[i] != PQ_PREFILL_D * sizeof(uint16_t) || ((uintptr_t) rows[i].x | rows[i].x_row_stride | rows[i].x_head_stride) % pair != 0 ||
+            lead < 0 || lead % stride != 0 || (i > 0 && lead / stride != *slot0)) {
+            return false;
+        }
+        *slot0 = lead / stride;
+    }
+    return true;
+}
+
+cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, const pq_encode_params * new_rows, cudaStream_t stream) {
+    if (s.p.n_kv < 1 || s.p.n_kv > INT32_MAX / 2) {
         return cudaErrorInvalidValue;
     }
     pq_cuda_device_props device;
@@ -89,23 +108,35 @@ cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & step, cudaStream_
     if (err != cudaSuccess) {
         return err;
     }
-    pq_cuda_prefill_step s = step;
-    s.after_encode = step.after_encode && device.cc >= 90; // before that no kernel begins early
-    const pq_prefill_args a = get_args(s);
-    const int64_t n_tail_blocks = 2 * s.p.n_head_kv * a.n_slot_blocks;
-    const int64_t n_blocks      = s.p.n_head_kv * a.n_row_blocks + a.n_mask_blocks + (s.after_encode ? 1 : n_tail_blocks);
-    err = pq_launch(pq_prefill_begin_kernel, dim3((unsigned) n_blocks), PQ_PREFILL_THREADS, 0, stream, a);
-    if (err == cudaSuccess) {
-        const int n_sides = s.p.k.type == s.p.v.type ? 2 : 1;
-        err = look_up_rows(s, 0, n_sides, device, stream);
-        if (err == cudaSuccess && n_sides == 1) {
-            err = look_up_rows(s, 1, 1, device, stream);
+    pq_prefill_args a = get_args(s);
+    const bool beside = new_rows && pq_encodes_tiles(new_rows, 2) && finds_new_rows(s.p, new_rows, &a.new_rows.slot0);
+    if (beside) {
+        for (int i = 0; i < 2; i++) {
+            a.new_rows.x[i]           = (const uint8_t *) new_rows[i].x;
+            a.new_rows.row_stride[i]  = new_rows[i].x_row_stride;
+            a.new_rows.head_stride[i] = new_rows[i].x_head_stride;
+            a.new_rows.f16[i]         = new_rows[i].x_f16;
         }
+        a.new_rows.slots = new_rows->tail_idx;
+        a.new_rows.n     = (int32_t) new_rows->n_rows;
+    } else if (new_rows) {
+        err = pq_cuda_encode(new_rows, 2, stream);
     }
-    if (err == cudaSuccess && s.after_encode && n_tail_blocks > 0) {
-        err = pq_launch(pq_prefill_tail_kernel, dim3((unsigned) n_tail_blocks), PQ_PREFILL_THREADS, 0, stream, a);
+    const int most = std::max(1, std::min(PQ_ROWS_BLOCKS, (int) (device.smem_optin / (PQ_ROWS_TABLE + 1024)))) * device.n_sm; // blocks that can run at once
+    if (err == cudaSuccess) {
+        err = look_up_rows(s, false, beside && pq_device_has_pdl((const void *) pq_prefill_begin_kernel) ? device.n_sm : most, stream);
     }
-    return err;
+    if (err == cudaSuccess && beside) {
+        err = pq_encode(new_rows, 2, true, stream);
+    }
+    if (err == cudaSuccess) {
+        err = look_up_rows(s, true, most, stream);
+    }
+    if (err != cudaSuccess) {
+        return err;
+    }
+    const int64_t n_grid = s.p.n_head_kv * (a.n_row_blocks + 2 * a.n_slot_blocks) + a.n_mask_blocks + 1;
+    return pq_launch(pq_prefill_begin_kernel, dim3((unsigned) n_grid), PQ_PREFILL_THREADS, 0, stream, a);
 }
 
 cudaError_t pq_cuda_prefill_end(const pq_cuda_prefill_step & s, cudaStream_t stream) {

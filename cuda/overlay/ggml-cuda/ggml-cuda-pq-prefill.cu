@@ -252,14 +252,14 @@ static pq_cuda_decode_side coded_side(const pq_attn_params & p, const pq_attn_si
 
 // ---- in the space of codes ----
 
-// Mapping a row of queries, results or the tail takes as long as is saved with four rows of K and V, and the launches (two when this was measured) as long as with 50000 (H100 and H200,
-// kernels alone; in a model measured at 32768 cells only).
+// Mapping a row of queries, results or the tail takes as long as is saved with four rows of K and V, and the launches as long as with 50000 (H100 and H200, kernels alone, when there
+// were two, none of them beside the encoder; in a model measured at 32768 cells only).
 static bool pays_in_code_space(const pq_attn_params & p) {
     const bool mask_fits = p.n_kv == get_n_cols(p) && p.mask && (p.mask_token_stride | p.mask_stream_stride | (uintptr_t) p.mask) % 16 == 0;
     return mask_fits && p.n_kv * p.n_head_kv > 4 * (p.n_q * p.n_head + p.tail.n * p.n_head_kv) + 50000 && !pq_cuda_prefill_unsupported(p);
 }
 
-static void prefill_in_code_space(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, bool after_encode) {
+static void prefill_in_code_space(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, const pq_encode_params * new_rows) {
     ggml_cuda_pool_alloc<half>     k_rows(ctx.pool(), p.n_kv * p.k.D * p.n_head_kv);
     ggml_cuda_pool_alloc<half>     v_rows(ctx.pool(), p.n_kv * p.v.D * p.n_head_kv);
     ggml_cuda_pool_alloc<float>    q_mapped(ctx.pool(), p.n_q * p.k.D * p.n_head);
@@ -296,9 +296,8 @@ static void prefill_in_code_space(ggml_backend_cuda_context & ctx, const ggml_te
         step.k_rows    = (uint16_t *) k_rows.get();
         step.v_rows    = (uint16_t *) v_rows.get();
         step.mask_kept = mask_kept.get();
-        step.after_encode = after_encode && s == 0;
 
-        CUDA_CHECK(pq_cuda_prefill_begin(step, stream));
+        CUDA_CHECK(pq_cuda_prefill_begin(step, s == 0 ? new_rows : nullptr, stream));
         ops[2].data  = step.mask;
         ops[2].nb[1] = p.mask_token_stride;
         ops[2].nb[2] = ops[2].nb[3] = p.mask_token_stride * p.n_q;
@@ -316,10 +315,13 @@ static bool mask_as_it_is(const pq_attn_params & p) {
         (p.mask_token_stride | p.mask_stream_stride | (uintptr_t) p.mask) % 16 == 0;
 }
 
-void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, bool settled, bool after_encode) {
+void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, bool settled, const pq_encode_params * new_rows) {
     if (pays_in_code_space(p)) {
-        prefill_in_code_space(ctx, op, p, settled && after_encode);
+        prefill_in_code_space(ctx, op, p, new_rows);
         return;
+    }
+    if (new_rows) {
+        CUDA_CHECK(pq_cuda_encode(new_rows, 2, ctx.stream()));
     }
     const int64_t n_cols = get_n_cols(p);
     const bool    merge  = !mask_as_it_is(p);

@@ -8,6 +8,6 @@
 // `p` is what ggml_pq_attn_params makes of op, a FLASH_ATTN_EXT.
 bool ggml_cuda_pq_prefill_supported(int device, const ggml_tensor * op, const pq_attn_params & p);
 
-// settled: masks were complete before the kernel ahead in the stream began. after_encode: that kernel encodes K and V of this op, whose attention reads these rows from
-// the exact tail, if there is one
-void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, bool settled, bool after_encode);
+// settled: masks were complete before the kernel ahead in the stream began. new_rows (NULL: none): rows of K and of V to encode first, which attention reads from the exact tail,
+// if there is one.
+void ggml_cuda_pq_prefill(ggml_backend_cuda_context & ctx, const ggml_tensor * op, const pq_attn_params & p, bool settled, const pq_encode_params * new_rows);

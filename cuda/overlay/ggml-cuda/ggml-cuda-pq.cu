@@ -11,7 +11,6 @@
 #include <set>
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 static pq_cuda_device_props device_props(int device) {
@@ -185,9 +184,8 @@ bool ggml_cuda_pq_supports_op(int device, const ggml_tensor * op) {
 // What the nodes of a graph leave to later ones.
 struct graph_state {
     std::set<const ggml_tensor *> deferred_ropes; // passed over, for the step that reads them to do (see the end of this file)
-    const ggml_tensor * after_encode = nullptr;   // the attention that follows a launch which encodes its rows of K and V, and all of them to the exact tail, if it reads one
-    const ggml_tensor * q8_1_op      = nullptr;   // a step whose result was also made in q8_1,
-    const void        * q8_1         = nullptr;   // here
+    const ggml_tensor * q8_1_op = nullptr; // a step whose result was also made in q8_1,
+    const void        * q8_1    = nullptr; // here
 };
 
 static graph_state & state_of(const ggml_backend_cuda_context & ctx) {
@@ -221,7 +219,6 @@ bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor *
         return false;
     }
     ggml_cuda_set_device(ctx.device);
-    const bool after_encode = std::exchange(state_of(ctx).after_encode, nullptr) == op;
     if (op->op == GGML_OP_FLASH_ATTN_EXT) {
         state_of(ctx).q8_1_op = nullptr;
         pq_attn_params p;
@@ -229,7 +226,7 @@ bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor *
         GGML_ASSERT(!why);
         switch (choose_attn_path(ctx.device, op, p, &why)) {
             case ATTN_CODED: attn_coded(ctx, p);   break;
-            case ATTN_F16:   ggml_cuda_pq_prefill(ctx, op, p, masks_settled(op), after_encode); break;
+            case ATTN_F16:   ggml_cuda_pq_prefill(ctx, op, p, masks_settled(op), nullptr); break;
             case ATTN_NONE:  GGML_ABORT("FLASH_ATTN_EXT on PQ cache codes: %s", why);
         }
         return true;
@@ -248,7 +245,7 @@ bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor *
     return true;
 }
 
-// ---- a step of a few tokens in one launch: rotary embedding, writes of K and V, and the attention that follows ----
+// ---- writes of K and V, and the attention that follows, together; of a few tokens in one launch, with the rotary embedding ----
 
 static bool overlap(const void * a, size_t a_bytes, const void * b, size_t b_bytes) {
     return (const char *) a < (const char *) b + b_bytes && (const char *) b < (const char *) a + a_bytes;
@@ -498,7 +495,7 @@ void ggml_cuda_pq_add_alloc_deps(ggml_cgraph * cgraph, ggml_backend_graph_optimi
 
 // Whether op attends to what the writes of K and V write to, and finds all of their rows in the exact tail, if it reads one.
 static bool is_attention_to(const ggml_tensor * op, const ggml_tensor * k, const ggml_tensor * v) {
-    if (op->op != GGML_OP_FLASH_ATTN_EXT || op->src[1]->view_src != k->view_src || op->src[2]->view_src != v->view_src || !k->view_src) {
+    if (op->op != GGML_OP_FLASH_ATTN_EXT || !(op->flags & GGML_TENSOR_FLAG_COMPUTE) || op->src[1]->view_src != k->view_src || op->src[2]->view_src != v->view_src || !k->view_src) {
         return false;
     }
     const bool has_tail = op->src[GGML_PQ_SRC_FLASH_ATTN_TAIL_MASK] != nullptr;
@@ -535,9 +532,16 @@ int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * c
         return 0;
     }
     ggml_cuda_set_device(ctx.device);
-    CUDA_CHECK(pq_cuda_encode(p, 2, ctx.stream()));
     const int next = next_node(cgraph, v);
-    state_of(ctx).after_encode = next < cgraph->n_nodes && is_attention_to(cgraph->nodes[next], first, second) ? cgraph->nodes[next] : nullptr;
+    const ggml_tensor * op = next < cgraph->n_nodes ? cgraph->nodes[next] : nullptr;
+    pq_attn_params attn;
+    const char * why;
+    if (op && is_attention_to(op, first, second) && !ggml_pq_attn_params(op, attn) && choose_attn_path(ctx.device, op, attn, &why) == ATTN_F16) {
+        state_of(ctx).q8_1_op = nullptr;
+        ggml_cuda_pq_prefill(ctx, op, attn, masks_settled(op), p);
+        return next - i;
+    }
+    CUDA_CHECK(pq_cuda_encode(p, 2, ctx.stream()));
     return v - i;
 }
 

@@ -15,7 +15,7 @@ bool ggml_cuda_pq_compute_forward(ggml_backend_cuda_context & ctx, ggml_tensor *
 // Asks that what a launch of several nodes reads stays allocated until the last of them.
 void ggml_cuda_pq_add_alloc_deps(ggml_cgraph * cgraph, ggml_backend_graph_optimize_params * params);
 
-// Does in one launch what node i and those after it ask for: the writes of K and V of a layer, for a few tokens their attention, too, and the
+// Does together what node i and those after it ask for: the writes of K and V of a layer, and their attention where it follows; for a few tokens in one launch, and with the
 // rotary embedding of K and queries, which comes earlier. Returns the number of nodes after i that are thereby done; 0: nothing was done.
 int ggml_cuda_pq_try_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);
 
