@@ -163,14 +163,14 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
         if (p.x_f16) {
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
-                v[j].u = x[j] ? __ldcg((const uint4 *) x[j]) : make_uint4(0, 0, 0, 0); // past L1: the kernel may not have waited for who wrote it
+                v[j].u = x[j] ? pq_load_fresh((const uint4 *) x[j]) : make_uint4(0, 0, 0, 0);
             }
         } else {
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
                 const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                const float4 a = x[j] ? __ldcg((const float4 *) x[j]) : zero;
-                const float4 b = x[j] ? __ldcg((const float4 *) x[j] + 1) : zero;
+                const float4 a = x[j] ? pq_load_fresh((const float4 *) x[j]) : zero;
+                const float4 b = x[j] ? pq_load_fresh((const float4 *) x[j] + 1) : zero;
                 v[j].h[0] = __floats2half2_rn(a.x, a.y);
                 v[j].h[1] = __floats2half2_rn(a.z, a.w);
                 v[j].h[2] = __floats2half2_rn(b.x, b.y);

@@ -22,6 +22,16 @@ static __device__ __forceinline__ void pq_pdl_launch_next() {
 #endif
 }
 
+// Reads what a kernel ahead wrote that this block has not waited for, because others have: past L1, where it could lie as it was before. (Before 9.0 every kernel waits.)
+template <class T>
+static __device__ __forceinline__ T pq_load_fresh(const T * p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return __ldcg(p);
+#else
+    return *p;
+#endif
+}
+
 // Whether the current device runs code compiled for 9.0 or later: older code has no wait in it and must not start early, not
 // even on a newer device. All kernels of a build have the same architectures, so any of them answers for all.
 static inline bool pq_device_has_pdl(const void * kernel) {

@@ -215,7 +215,7 @@ PQ_DEVICE void pq_prefill_tail_rows(const pq_prefill_args & a, pq_prefill_smem &
             return at >= 0 ? pq_prefill_row{ x + at * x_row_stride, x_f16 } : pq_prefill_row{ tail + min((int64_t) slot0 + row, p.tail.n - 1) * tail_row_stride, true };
         },
         [&](const pq_prefill_row & r, int col) { // as the tail has it, or is to have it
-            const __half2 h = r.f16 ? __ldcg((const __half2 *) (r.x + col * sizeof(__half))) : __float22half2_rn(__ldcg((const float2 *) (r.x + col * sizeof(float))));
+            const __half2 h = r.f16 ? pq_load_fresh((const __half2 *) (r.x + col * sizeof(__half))) : __float22half2_rn(pq_load_fresh((const float2 *) (r.x + col * sizeof(float))));
             const float2 f = __half22float2(h), m = __ldg((const float2 *) (mu + col));
             return make_float2(f.x - m.x, f.y - m.y);
         },
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(co
         const pq_prefill_queries rows(a, block);
         pq_prefill_map<true, true>(smem, (const __half *) (p.k.codebook + rows.head_kv * a.k.head_bytes + a.k.T_inv),
             [&](int row) { return (const float *) (p.q + rows.token(row) * p.q_token_stride + rows.head(row) * p.q_head_stride); },
-            [&](const float * q, int col) { return __ldcg((const float2 *) (q + col)); },
+            [&](const float * q, int col) { return pq_load_fresh((const float2 *) (q + col)); },
             [&](int row) { return row < rows.n ? a.s.q_mapped + ((int64_t) rows.token(row) * p.n_head + rows.head(row)) * PQ_PREFILL_D : nullptr; },
             [&](float * q, int col, float2 y) { *(float2 *) (q + col) = y; });
         return;
