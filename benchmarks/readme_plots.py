@@ -35,10 +35,10 @@ _KL = [
 ]  # later ones count
 _KL_TEXT = "heldout"
 _KL_TITLE = "ref-33m, held-out text: what a KV cache type costs"
-_H200 = _RESULTS / "2026-11-27d-h200"
+_H200 = _RESULTS / "2026-11-28-h200"
 _SPEED = [
     ([_H200 / "7b.json", _H200 / "7b-128k.json"], "Llama-2-7B (32 KV heads)"),
-    ([_H200 / "8b.json", _H200 / "8b-128k.json"], "Llama-3.1-8B (8 KV heads)"),
+    ([_H200 / "8b-0.json", _H200 / "8b-32k.json", _H200 / "8b-128k.json"], "Llama-3.1-8B (8 KV heads)"),
 ]
 _SPEED_TITLE = "Decode speed by depth, models of random weights in Q4_0"
 _TYPES = ("f16", "q8_0", "q4_0", "pq4", "pq3", "pq2")  # one colour each, whatever the order in a file
@@ -107,18 +107,17 @@ def read_speed(path: Path) -> tuple[list[Row], str]:
     facts = json.loads(path.read_text(encoding="utf-8"))
     if "results" in facts:  # million bench
         return [r for r in facts["results"] if r["decode"] is not None], facts["machine"]
+    samples: dict[tuple[str, int], list[float]] = {}
+    for r in facts["rows"]:
+        if r["kind"] == "decode":  # one row for each round; llama-batched-bench has one number
+            samples.setdefault((r["cache"], r["depth"]), []).extend(r.get("tokens_per_s_samples", [r["tokens_per_s"]]))
     rows = [
         {
-            "type": r["cache"],
-            "depth": r["depth"],
-            "decode": {
-                "median": statistics.median(r["tokens_per_s_samples"]),
-                "min": min(r["tokens_per_s_samples"]),
-                "max": max(r["tokens_per_s_samples"]),
-            },
+            "type": cache,
+            "depth": depth,
+            "decode": {"median": statistics.median(speeds), "min": min(speeds), "max": max(speeds)},
         }
-        for r in facts["rows"]
-        if r["kind"] == "decode"
+        for (cache, depth), speeds in samples.items()
     ]
     gpus = facts["machine"].get("gpus")
     return rows, ", ".join(gpu["name"] for gpu in gpus) if gpus else facts["machine"]["platform"]
