@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import numpy.typing as npt
 import pytest
 from lowlevel import LowLevel, tokens_of
 
-from million_gguf.errors import InputError
+from million_gguf.errors import InputError, NativeError
 
 N_CTX = 512
 ALL = 1 << 20  # a tail that holds every token
 TEXT = Path(__file__).parent.parent / "converters" / "data" / "calibration.txt"
+LAYOUT = Path(__file__).parent.parent / "cuda" / "pq" / "pq-layout.h"
 TYPES = ["pq4", "pq3", "pq2"]
 
 pytestmark = pytest.mark.native
@@ -191,6 +193,37 @@ def test_a_state_goes_between_contexts_with_and_without_a_tail(demo_gguf: Path, 
     np.testing.assert_array_equal(scores[64], scores["source"])
     for n_tail in (0, 16, 128):
         assert nmse(scores[n_tail], scores["source"]) < 2e-2
+
+
+def codes_fingerprint(path: Path, cache: str, order: int) -> bytes:
+    """What a saved state has of the codes in it: 64-bit FNV-1a, begun with the order of codes in a row, over the headers of the blobs of K and V of every layer."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    sides = [fields[f"million.{cache}.{side}"].contents() for side in "kv"]
+    h = 0xCBF29CE484222325 ^ order
+    for layer in zip(*sides, strict=True):
+        for blob in layer:
+            for byte in blob[:44].encode():  # 32 bytes in base64
+                h = (h ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return h.to_bytes(8, "little")
+
+
+def test_a_state_with_codes_in_another_order_is_refused(demo_gguf: Path, tokens: list[int]) -> None:
+    found = re.search(r"#define PQ_CODE_ORDER (\d+)u", LAYOUT.read_text())
+    assert found
+    order = int(found[1])
+    with closing(llama(demo_gguf, "pq4", kv_tail=0)) as llm:
+        llm.eval(tokens[:50])
+        state = llm.save_state()
+        saved = state.llama_state
+        here = codes_fingerprint(demo_gguf, "pq4", order)
+        assert saved.count(here) == 1
+        state.llama_state = saved.replace(here, codes_fingerprint(demo_gguf, "pq4", order - 1))
+        with pytest.raises(NativeError, match="state"):
+            llm.load_state(state)
+        state.llama_state = saved
+        llm.load_state(state)
 
 
 def test_bytes_of_the_tail_are_counted(demo_gguf: Path) -> None:
