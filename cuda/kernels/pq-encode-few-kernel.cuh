@@ -84,14 +84,15 @@ __device__ __forceinline__ __half pq_encode_load_x(const pq_encode_params & p, i
     return p.x_f16 ? ((const __half *) x)[i] : __float2half_rn(((const float *) x)[i]);
 }
 
-// before: what other elements of the code have come to, whose squares are added up first
+// One that is added to nothing is not added to 0: squares are the same then, and the compiler would not know.
+// follows: elements of the same code come before these, and have come to `before`
 template <int DIMS>
-__device__ __forceinline__ float pq_encode_distance(const float (&y)[DIMS], const float (&c)[DIMS], float before = 0.0f) {
-    float d = before;
+__device__ __forceinline__ float pq_encode_distance(const float (&y)[DIMS], const float (&c)[DIMS], bool follows = false, float before = 0.0f) {
+    float d = 0.0f;
 #pragma unroll
     for (int e = 0; e < DIMS; e++) {
-        const float d_e = __fsub_rn(y[e], c[e]);
-        d = __fadd_rn(d, __fmul_rn(d_e, d_e));
+        const float d_e = __fsub_rn(y[e], c[e]), square = __fmul_rn(d_e, d_e);
+        d = e > 0 ? __fadd_rn(d, square) : follows ? __fadd_rn(before, square) : square;
     }
     return d;
 }
@@ -144,16 +145,19 @@ __device__ __forceinline__ pq_encode_share pq_encode_get_share(int tid) {
     return s;
 }
 
-// Load i of a thread's share of the centroids of a strip, in units of 16 bytes.
+// Where a thread's share of the centroids of a strip lies, in units of 16 bytes: of each two loads the first at first + pair * STEP, the other `other` after it.
 template <int TYPE>
-__device__ __forceinline__ int pq_encode_centroid_load(const pq_encode_share & s, int i) {
-    constexpr int TABLE = PQ_KSUB * 2 * (int) sizeof(__half) / 16; // of a pair
-    const int first = s.place * PQ_KSUB * (int) sizeof(__half) / 16 + s.lane;
-    if (TYPE == PQ_TYPE_PQ3 && s.shared) { // from both tables in turns
-        return first + i % 2 * TABLE + i / 2 * 16;
-    }
-    return first + i * (TYPE == PQ_TYPE_PQ2 ? 16 : 8);
-}
+struct pq_encode_places {
+    static constexpr int TABLE = PQ_KSUB * 2 * (int) sizeof(__half) / 16; // of a pair of elements
+    static constexpr int LANES = TYPE == PQ_TYPE_PQ2 ? 16 : 8;
+    static constexpr int STEP  = 2 * LANES; // where two subspaces share a code, 16 lanes take from both tables in turns
+    int first, other;
+
+    __device__ __forceinline__ pq_encode_places(const pq_encode_share & s)
+        : first(s.place * PQ_KSUB * (int) sizeof(__half) / 16 + s.lane), other(TYPE == PQ_TYPE_PQ3 && s.shared ? TABLE : LANES) {}
+
+    __device__ __forceinline__ int operator()(int load) const { return first + load / 2 * STEP + (load % 2 ? other : 0); }
+};
 
 // Element j of the strip: one chain of multiply-adds. x: the row without its mean, at 16 bytes
 template <int UNROLL>
@@ -171,11 +175,11 @@ __device__ __forceinline__ float pq_encode_map(const float * x, const __half (*T
     return y;
 }
 
-// The nearest centroid to the elements of a code, in all threads that share it. y: of the strip; get(i): load i of the thread's share
+// The nearest centroid to the elements of a code, in all threads that share it; whole warps take part. y: of the strip; get(i): load i of the thread's share
 // pq3: one loop for both kinds of codes, which takes two loads at a time: of two lots of pairs, or both tables of the same four elements. As two loops it
 // would be half as much code again, and code that runs once per step comes from memory.
 template <int TYPE, int UNROLL, class GET>
-__device__ __forceinline__ int pq_encode_search(const float * y, const pq_encode_share & share, GET get, int tid) {
+__device__ __forceinline__ int pq_encode_search(const float * y, const pq_encode_share & share, GET get) {
     constexpr int  DSUB   = TYPE == PQ_TYPE_PQ2 ? 4 : 2;
     constexpr bool MIXED  = TYPE == PQ_TYPE_PQ3;
     constexpr int  PER    = 8 / DSUB; // centroids of a load
@@ -195,36 +199,37 @@ __device__ __forceinline__ int pq_encode_search(const float * y, const pq_encode
             index = i;
         }
     };
-    auto distance = [&](const float (&y_code)[DSUB], const uint4 & load, int j, float before) {
+    auto distance = [&](const float (&y_code)[DSUB], const uint4 & load, int j, bool follows, float before) {
         float c[DSUB];
 #pragma unroll
         for (int e = 0; e < DSUB; e++) {
             c[e] = __half2float(((const __half *) &load)[j * DSUB + e]);
         }
-        return pq_encode_distance<DSUB>(y_code, c, before);
+        return pq_encode_distance<DSUB>(y_code, c, follows, before);
     };
+    int at = shared ? 0 : PER; // of the second load's centroids
 #pragma unroll (UNROLL / 2)
     for (int i = 0; i < PQ_ENCODE_FEW_LOADS; i += 2) {
         const uint4 load[2] = { get(i), get(i + 1) };
         float first[PER];
 #pragma unroll
         for (int j = 0; j < PER; j++) {
-            first[j] = distance(y_first, load[0], j, 0.0f);
+            first[j] = distance(y_first, load[0], j, false, 0.0f);
             if (!shared) {
-                take(first[j], i * PER + j);
+                take(first[j], at - PER + j);
             }
         }
 #pragma unroll
         for (int j = 0; j < PER; j++) {
-            take(distance(y_second, load[1], j, shared ? first[j] : 0.0f), (shared ? i / 2 : i + 1) * PER + j);
+            take(distance(y_second, load[1], j, shared, first[j]), at + j);
         }
+        at += shared ? PER : 2 * PER;
     }
     index = (index / PER * lanes + share.lane) * PER + index % PER;
-    const unsigned mask = ((1u << lanes) - 1) << (tid & (32 - lanes));
 #pragma unroll 1
-    for (int o = lanes / 2; o > 0; o /= 2) {
-        const float other_best  = __shfl_xor_sync(mask, best,  o);
-        const int   other_index = __shfl_xor_sync(mask, index, o);
+    for (int o = lanes / 2; o > 0; o /= 2) { // lanes of a warp share codes of the same kind
+        const float other_best  = __shfl_xor_sync(0xffffffff, best,  o);
+        const int   other_index = __shfl_xor_sync(0xffffffff, index, o);
         if (other_best < best || (other_best == best && other_index < index)) {
             best  = other_best;
             index = other_index;
@@ -308,12 +313,10 @@ __device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, i
 
     // the codebook does not depend on earlier kernels: its way through the memory overlaps with their end
     uint4 centroids[PQ_ENCODE_FEW_LOADS];
-    if (share.place < n_cols) {
-        const uint4 * from = (const uint4 *) (h.centroids + (size_t) col0 * PQ_KSUB);
+    const pq_encode_places<TYPE> places(share);
 #pragma unroll
-        for (int i = 0; i < PQ_ENCODE_FEW_LOADS; i++) {
-            centroids[i] = __ldg(from + pq_encode_centroid_load<TYPE>(share, i));
-        }
+    for (int i = 0; i < PQ_ENCODE_FEW_LOADS; i++) {
+        centroids[i] = share.place < n_cols ? __ldg((const uint4 *) (h.centroids + (size_t) col0 * PQ_KSUB) + places(i)) : make_uint4(0, 0, 0, 0);
     }
     const float aniso = tid % PQ_WARP < n_cols ? __ldg(h.aniso + col0 + tid % PQ_WARP) : 0.0f; // of an element per lane
     if (h.T) {
@@ -356,9 +359,9 @@ __device__ void pq_encode_few(const pq_encode_side & side, int head, int col0, i
     const bool anisotropic = __any_sync(0xffffffff, aniso != 0.0f);
 #pragma unroll 1
     for (int second = 0; second <= (int) anisotropic; second++) {
-        for (int r = 0; r < n_rows && share.place < n_cols; r++) {
-            const int index = pq_encode_search<TYPE, PQ_ENCODE_FEW_LOADS>(second ? s.found.moved[r] : s.y[r], share, [&](int i) { return centroids[i]; }, tid);
-            if (share.lane == 0) {
+        for (int r = 0; r < n_rows; r++) {
+            const int index = pq_encode_search<TYPE, PQ_ENCODE_FEW_LOADS>(second ? s.found.moved[r] : s.y[r], share, [&](int i) { return centroids[i]; });
+            if (share.lane == 0 && share.place < n_cols) {
                 s.found.codes[second][r][share.code] = (uint8_t) index;
             }
         }

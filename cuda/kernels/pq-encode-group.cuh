@@ -129,6 +129,7 @@ __device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, const 
     static_assert(PQ_ENCODE_FEW_ROWS * N_CODES <= PQ_ENCODE_FEW_THREADS, "a code per thread");
     const int tid = pq_encode_group_thread();
     const pq_encode_share share = pq_encode_get_share<TYPE>(tid);
+    const pq_encode_places<TYPE> places(share);
     auto at = [&](int unit) { return pq_encode_unit(unit, all); };
     auto prefetch = [&](int unit) {
         const pq_encode_unit u = at(min(unit, end - 1));
@@ -204,7 +205,7 @@ __device__ __forceinline__ int pq_encode_group(const pq_cuda_rope * rope, const 
 #pragma unroll 1
             for (int r = 0; r < n_rows; r++) {
                 const float * y = second ? s.found.moved[r] : s.y[r];
-                const int index = pq_encode_search<TYPE, 2>(y, share, [&](int i) { return s.centroids[pq_encode_centroid_load<TYPE>(share, i)]; }, tid);
+                const int index = pq_encode_search<TYPE, 2>(y, share, [&](int i) { return s.centroids[places(i)]; });
                 if (share.lane == 0) {
                     s.found.codes[second][r][share.code] = (uint8_t) index;
                 }
