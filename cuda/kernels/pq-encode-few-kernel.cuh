@@ -84,8 +84,8 @@ __device__ __forceinline__ __half pq_encode_load_x(const pq_encode_params & p, i
     return p.x_f16 ? ((const __half *) x)[i] : __float2half_rn(((const float *) x)[i]);
 }
 
-// One that is added to nothing is not added to 0: squares are the same then, and the compiler would not know.
-// follows: elements of the same code come before these, and have come to `before`
+// The first square is not added to 0: that would leave it as it is, but the compiler cannot know.
+// follows: other elements of the code come first, and have come to `before`
 template <int DIMS>
 __device__ __forceinline__ float pq_encode_distance(const float (&y)[DIMS], const float (&c)[DIMS], bool follows = false, float before = 0.0f) {
     float d = 0.0f;

@@ -40,8 +40,6 @@ static pq_prefill_args get_args(const pq_cuda_prefill_step & s) {
 
 // ---- rows ----
 
-static constexpr int ROWS_CARVEOUT = 70; // percent of what there is, 228 KB on 9.0: 66 KB for a block of lookups, 89 for one of the encoder
-
 typedef void (*rows_kernel_t)(pq_prefill_rows_args);
 
 template <int TYPE>
@@ -74,14 +72,12 @@ static cudaError_t look_up_rows(const pq_cuda_prefill_step & s, bool is_v, int m
     const rows_kernel_t kernel = from.type == PQ_TYPE_PQ4 ? get_rows_kernel<PQ_TYPE_PQ4>(true) :
                                  from.type == PQ_TYPE_PQ3 ? get_rows_kernel<PQ_TYPE_PQ3>(codes % 2 == 0) :
                                                             get_rows_kernel<PQ_TYPE_PQ2>(true);
-    // A multiprocessor's shared memory is split for the first of those that meet there: with room for a block of the encoder, or none comes beside.
-    const cudaError_t err = cudaFuncSetAttribute((const void *) kernel, cudaFuncAttributePreferredSharedMemoryCarveout, ROWS_CARVEOUT);
-    return err != cudaSuccess ? err : pq_launch(kernel, grid, PQ_ROWS_THREADS, PQ_ROWS_TABLE, stream, a);
+    return pq_launch(kernel, grid, PQ_ROWS_THREADS, PQ_ROWS_TABLE, stream, a);
 }
 
 // Whether the rows of the tail that rows to encode become can be read where these are, and if so, which slot of theirs is the first of this tail.
 static bool finds_new_rows(const pq_attn_params & p, const pq_encode_params * rows, int64_t * slot0) {
-    if (p.tail.n == 0 || rows[0].tail_idx != rows[1].tail_idx || rows[0].n_rows != rows[1].n_rows || rows[0].n_rows > INT32_MAX) {
+    if (p.tail.n == 0 || !rows[0].tail || !rows[1].tail || rows[0].tail_idx != rows[1].tail_idx || rows[0].n_rows != rows[1].n_rows || rows[0].n_rows > INT32_MAX) {
         return false;
     }
     const uint8_t * const tails[2] = { p.tail.k, p.tail.v };
@@ -89,7 +85,7 @@ static bool finds_new_rows(const pq_attn_params & p, const pq_encode_params * ro
     for (int i = 0; i < 2; i++) {
         const size_t pair = 2 * (rows[i].x_f16 ? sizeof(__half) : sizeof(float));
         const ptrdiff_t lead = tails[i] - rows[i].tail, stride = (ptrdiff_t) strides[i];
-        if (!rows[i].tail || rows[i].D != PQ_PREFILL_D || rows[i].n_head_kv != p.n_head_kv || rows[i].tail_row_stride != strides[i] ||
+        if (rows[i].D != PQ_PREFILL_D || rows[i].n_head_kv != p.n_head_kv || rows[i].tail_row_stride != strides[i] ||
             head_strides[i] != PQ_PREFILL_D * sizeof(uint16_t) || ((uintptr_t) rows[i].x | rows[i].x_row_stride | rows[i].x_head_stride) % pair != 0 ||
             lead < 0 || lead % stride != 0 || (i > 0 && lead / stride != *slot0)) {
             return false;

@@ -1185,7 +1185,7 @@ static void bench() {
                 set_new_rows(p, s);
                 CUDA(pq_cuda_prefill_begin(s, p, stream));
             });
-            // behind a kernel that has the multiprocessors' memory to itself, as products in a model have
+            // behind a kernel that does not let others begin early and uses no shared memory: what begins first is not hidden, as behind a product in a model
             const float other    = median_us(N_LAYERS, [&](int, cudaStream_t stream) { read_q<<<132, 1024, 0, stream>>>(q.p, q.n, out.p); });
             const float behind   = median_us(N_LAYERS, [&](int layer, cudaStream_t stream) {
                 const pq_cuda_prefill_step s = step(layer);
