@@ -50,7 +50,7 @@ BUDGETS = (
     Budget(
         "pq_encode_few_kernel", threads=128, blocks=4
     ),  # one token: all strips of a layer at once on 132 multiprocessors
-    Budget("pq_encode_tile_kernel", threads=256, blocks=2, spills=256),
+    Budget("pq_encode_tile_kernel", threads=256, blocks=2, spills=96),
     # two blocks keep four warps of each scheduler busy; what does not fit are constants of a tile, read again once per tile
     Budget("pq_decode_kernelILi[0-9]ELi[24]E", threads=256, blocks=2, spills=256),
     Budget("pq_decode_kernelILi[0-9]ELi8E", threads=256, blocks=1),  # y of head size 256 takes half the registers

@@ -84,34 +84,40 @@ struct pq_encode_tile_smem {
     uint16_t unsure_list[PQ_ENCODE_MAX_LIST];
 };
 
-// What of a strip does not depend on x.
+// Asks for what of a strip does not depend on x.
 template <int D_STEPS>
-__device__ __forceinline__ void pq_encode_tile_begin(const pq_encode_params & p, const pq_encode_head & h, int col0, int n_cols,
-                                                     pq_encode_tile_smem<D_STEPS> & s) {
+__device__ __forceinline__ void pq_encode_tile_ask(const pq_encode_params & p, const pq_encode_head & h, int col0, int n_cols, pq_encode_tile_smem<D_STEPS> & s) {
     const int tid = threadIdx.x;
     const int D   = p.D;
-    for (int i = tid; i < n_cols * PQ_KSUB / 8; i += PQ_ENCODE_THREADS) {
-        pq_cp_async(&s.centroids[i], (const uint4 *) (h.centroids + (size_t) col0 * PQ_KSUB) + i);
-    }
-    for (int i = tid; i < D; i += PQ_ENCODE_THREADS) {
-        s.mu[i] = __ldg(h.mu + i);
-    }
-    if (tid < PQ_ENCODE_STRIP) {
-        s.aniso[tid] = tid < n_cols ? __ldg(h.aniso + col0 + tid) : 0.0f;
-    }
     if (h.T) {
+#pragma unroll 1
         for (int i = tid; i < 16 * D_STEPS * (PQ_ENCODE_STRIP / 8); i += PQ_ENCODE_THREADS) {
             const int k = i / (PQ_ENCODE_STRIP / 8);
             const int j = i % (PQ_ENCODE_STRIP / 8) * 8;
-            uint4 v = make_uint4(0, 0, 0, 0);
             if (k < D && j < n_cols) {
-                v = __ldg((const uint4 *) (h.T + (size_t) k * D + col0 + j));
+                pq_cp_async(&s.T[k][j], h.T + (size_t) k * D + col0 + j);
+            } else {
+                *(uint4 *) &s.T[k][j] = make_uint4(0, 0, 0, 0);
             }
-            *(uint4 *) &s.T[k][j] = v;
         }
     }
-    pq_cp_async_wait();
-    __syncthreads();
+#pragma unroll 1
+    for (int i = tid; i < n_cols * PQ_KSUB / 8; i += PQ_ENCODE_THREADS) {
+        pq_cp_async(&s.centroids[i], (const uint4 *) (h.centroids + (size_t) col0 * PQ_KSUB) + i);
+    }
+    if (tid < D / 4) {
+        pq_cp_async(&s.mu[4 * tid], h.mu + 4 * tid);
+    } else if (tid >= PQ_ENCODE_THREADS - PQ_ENCODE_STRIP) {
+        const int i = tid - (PQ_ENCODE_THREADS - PQ_ENCODE_STRIP);
+        s.aniso[i] = i < n_cols ? __ldg(h.aniso + col0 + i) : 0.0f;
+    }
+}
+
+// What follows from it. What is asked for has come.
+template <int D_STEPS>
+__device__ __forceinline__ void pq_encode_tile_begin(const pq_encode_params & p, const pq_encode_head & h, pq_encode_tile_smem<D_STEPS> & s) {
+    const int tid = threadIdx.x;
+    const int D   = p.D;
     if (h.T) { // 8 threads per column
         const int j = tid / 8;
         float sum = 0.0f, norm2 = 0.0f;
@@ -128,6 +134,23 @@ __device__ __forceinline__ void pq_encode_tile_begin(const pq_encode_params & p,
         if (tid % 8 == 0) {
             s.mu_T[j]         = sum;
             s.column_norm2[j] = norm2;
+        }
+    }
+    __syncthreads();
+    if (tid < 32) { // how far y can be from the CPU's; without a transform it is the same
+        float mu2 = 0.0f;
+        for (int k = tid; k < D; k += 32) {
+            mu2 += s.mu[k] * s.mu[k];
+        }
+        float column2 = h.T ? s.column_norm2[tid] : 0.0f;
+#pragma unroll
+        for (int o = 16; o > 0; o /= 2) {
+            mu2    += __shfl_xor_sync(0xffffffff, mu2, o);
+            column2 = fmaxf(column2, __shfl_xor_sync(0xffffffff, column2, o));
+        }
+        if (tid == 0) {
+            s.norm_mu     = sqrtf(mu2);
+            s.column_norm = sqrtf(column2);
         }
     }
 }
@@ -149,28 +172,35 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
                                                     pq_encode_tile_smem<D_STEPS> & s) {
     const int tid = pq_opaque(threadIdx.x); // see pq_encode_tile_search
     constexpr int PIECES = 2 * D_STEPS; // of 8 elements
+    constexpr int STEP   = PQ_ENCODE_THREADS / PIECES; // rows: a thread takes the same elements of every STEP-th row
     constexpr int BATCH  = D_STEPS <= 8 ? 4 : 2; // registers
-    static_assert(pq_encode_tile_smem<D_STEPS>::ROWS * PIECES % (BATCH * PQ_ENCODE_THREADS) == 0, "no piece is beyond the last");
-    for (int i0 = tid; i0 < s.ROWS * PIECES; i0 += BATCH * PQ_ENCODE_THREADS) {
+    static_assert(PQ_ENCODE_THREADS % PIECES == 0 && pq_encode_tile_smem<D_STEPS>::ROWS % (BATCH * STEP) == 0, "no piece is beyond the last");
+    const int  k       = tid % PIECES * 8;
+    const bool to_tail = p.tail && k >= col0 && k < col0 + n_cols;
+    const uint8_t * x  = pq_encode_row(p, row0, head) + k * (p.x_f16 ? sizeof(__half) : sizeof(float));
+    for (int r0 = tid / PIECES; r0 < s.ROWS; r0 += BATCH * STEP) {
         union { uint4 u; __half2 h[4]; } v[BATCH];
-        const uint8_t * x[BATCH];
+        int32_t slot[BATCH]; // of the tail that the piece goes to, or negative
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-            const int r = (i0 + j * PQ_ENCODE_THREADS) / PIECES;
-            const int k = (i0 + j * PQ_ENCODE_THREADS) % PIECES * 8;
-            x[j] = r < n_rows && k < p.D ? pq_encode_row(p, row0 + r, head) + k * (p.x_f16 ? sizeof(__half) : sizeof(float)) : nullptr;
+            const int r = r0 + j * STEP;
+            slot[j] = to_tail && r < n_rows ? (int32_t) p.tail_idx[row0 + r] : -1;
         }
         if (p.x_f16) {
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
-                v[j].u = x[j] ? pq_load_fresh((const uint4 *) x[j]) : make_uint4(0, 0, 0, 0);
+                const int r = r0 + j * STEP;
+                v[j].u = k < p.D && r < n_rows ? pq_load_fresh((const uint4 *) (x + r * p.x_row_stride)) : make_uint4(0, 0, 0, 0);
             }
         } else {
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
-                const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                const float4 a = x[j] ? pq_load_fresh((const float4 *) x[j]) : zero;
-                const float4 b = x[j] ? pq_load_fresh((const float4 *) x[j] + 1) : zero;
+                const int r = r0 + j * STEP;
+                const bool    has  = k < p.D && r < n_rows;
+                const float4  zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                const float4 * row = (const float4 *) (x + r * p.x_row_stride);
+                const float4 a = has ? pq_load_fresh(row)     : zero;
+                const float4 b = has ? pq_load_fresh(row + 1) : zero;
                 v[j].h[0] = __floats2half2_rn(a.x, a.y);
                 v[j].h[1] = __floats2half2_rn(a.z, a.w);
                 v[j].h[2] = __floats2half2_rn(b.x, b.y);
@@ -179,14 +209,9 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
         }
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-            const int i = i0 + j * PQ_ENCODE_THREADS;
-            const int r = i / PIECES;
-            const int k = i % PIECES * 8;
-            if (p.tail && x[j] && k >= col0 && k < col0 + n_cols) {
-                const int64_t slot = p.tail_idx[row0 + r];
-                if (slot >= 0) {
-                    *(uint4 *) (p.tail + slot * p.tail_row_stride + ((int64_t) head * p.D + k) * sizeof(__half)) = v[j].u;
-                }
+            const int r = r0 + j * STEP;
+            if (slot[j] >= 0) {
+                *(uint4 *) (p.tail + slot[j] * p.tail_row_stride + ((int64_t) head * p.D + k) * sizeof(__half)) = v[j].u;
             }
             *(uint4 *) &s.x[r][k] = v[j].u;
             float norm2 = 0.0f;
@@ -195,12 +220,12 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
                 const float2 f = __half22float2(v[j].h[e]);
                 norm2 += f.x * f.x + f.y * f.y;
             }
-            constexpr int LANES = PIECES < 32 ? PIECES : 32; // 8, 16 or 32: a row never straddles more
+            static_assert(PIECES <= 32, "a row is of one warp");
 #pragma unroll
-            for (int o = LANES / 2; o > 0; o /= 2) {
+            for (int o = PIECES / 2; o > 0; o /= 2) {
                 norm2 += __shfl_xor_sync(0xffffffff, norm2, o);
             }
-            if (i % LANES == 0) {
+            if (tid % PIECES == 0) {
                 s.error2_y[r] = norm2;
             }
         }
@@ -321,56 +346,7 @@ __device__ __forceinline__ void pq_encode_codes_of_warp(int warp, F f) {
     }
 }
 
-// The search's side of them: centroids as an operand of the product, one register (two for four elements) per 8 of them
-struct pq_encode_operand {
-    static constexpr int N = PQ_KSUB / 8;
-    uint32_t b[2 * N];
-    float    scale[2]; // power of two
-
-    template <class KIND, int I>
-    __device__ __forceinline__ void load(const __half * centroids /* of the first table */, int lane) {
-        float largest = 0.0f;
-        for (int i = lane; i < PQ_KSUB * KIND::DIMS; i += 32) { // tables lie side by side
-            largest = fmaxf(largest, fabsf(__half2float(centroids[i])));
-        }
-#pragma unroll
-        for (int o = 16; o > 0; o /= 2) {
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, o));
-        }
-        scale[I] = largest > 0.0f ? ldexpf(1.0f, PQ_ENCODE_SCALE_BITS - ilogbf(largest)) : 1.0f;
-
-        const int g = lane / 4, t = lane % 4;
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            float element = 0.0f, norm2 = 0.0f;
-#pragma unroll
-            for (int e = 0; e < KIND::DIMS; e++) {
-                const float v = __half2float(centroids[KIND::element(8 * i + g, e)]) * scale[I];
-                norm2  += v * v;
-                element = e == t ? v : element;
-            }
-            const __half2 minus = __half2half2(__float2half_rn(-element));
-            const float   half_norm2 = 0.5f * norm2;
-            const __half  high = __float2half_rn(half_norm2);
-            const __half2 norm = __halves2half2(high, __float2half_rn(half_norm2 - __half2float(high)));
-            // rows 2t and 2t + 1 of the operand: -c[t] meets the two halves of y[t]; |c|^2 / 2 meets ones, ones meet |y|^2 / 2
-            if constexpr (KIND::DIMS == 2) {
-                b[I * N + i] = t < 2 ? bits(minus) : t == 2 ? bits(norm) : PQ_ENCODE_ONES;
-            } else {
-                b[2 * i]     = bits(minus);
-                b[2 * i + 1] = t == 0 ? bits(norm) : t == 1 ? PQ_ENCODE_ONES : 0;
-            }
-        }
-    }
-
-    static __device__ __forceinline__ uint32_t bits(__half2 h) {
-        uint32_t u;
-        memcpy(&u, &h, 4);
-        return u;
-    }
-};
-
-// y, scaled, as the other operand
+// A float, scaled, as two halves
 __device__ __forceinline__ uint32_t pq_encode_split(float y) {
     const __half high = __float2half_rn(y);
     const __half2 h = __halves2half2(high, __float2half_rn(y - __half2float(high)));
@@ -379,8 +355,101 @@ __device__ __forceinline__ uint32_t pq_encode_split(float y) {
     return u;
 }
 
-// Whether the second search of anisotropic codes leaves out rows whose code stays. pq3 has no registers for that.
-template <int TYPE> struct pq_encode_lists { enum { YES = TYPE != PQ_TYPE_PQ3 }; };
+// Of 32 centroids four words each, by a warp: from lanes that have all of a centroid, to lanes that want one of each.
+struct pq_encode_words {
+    uint32_t word[4][PQ_WARP + 8]; // + 8: the words of eight centroids lie in different banks
+
+    __device__ __forceinline__ void put(uint32_t a, uint32_t b, uint32_t c, uint32_t d, int lane) {
+        __syncwarp(); // those before have been read
+        word[0][lane] = a;
+        word[1][lane] = b;
+        word[2][lane] = c;
+        word[3][lane] = d;
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ uint32_t get(int i, int lane) const { return word[lane % 4][8 * i + lane / 4]; }
+};
+
+// The search's side of them: centroids as an operand of the product, one register (two for four elements) per 8 of them
+struct pq_encode_operand {
+    static constexpr int N = PQ_KSUB / 8;
+    uint32_t b[2 * N];
+    float    scale[2]; // power of two
+
+    template <class KIND, int I>
+    __device__ __forceinline__ void load(const __half * centroids /* of the first table */, pq_encode_words & words, int lane) {
+        __half2 most = __half2half2(__float2half_rn(0.0f));
+#pragma unroll
+        for (int i = 0; i < PQ_KSUB * KIND::DIMS / 8 / 32; i++) { // tables lie side by side
+            const uint4 c = ((const uint4 *) centroids)[32 * i + lane];
+            most = __hmax2(most, __hmax2(__hmax2(magnitudes(c.x), magnitudes(c.y)), __hmax2(magnitudes(c.z), magnitudes(c.w))));
+        }
+        float largest = fmaxf(__low2float(most), __high2float(most));
+#pragma unroll
+        for (int o = 16; o > 0; o /= 2) {
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, o));
+        }
+        scale[I] = largest > 0.0f ? ldexpf(1.0f, PQ_ENCODE_SCALE_BITS - ilogbf(largest)) : 1.0f;
+
+        // A lane makes the words of a centroid, and gets those that it holds of four.
+        constexpr int PAIRS = KIND::DIMS / 2;
+        __half2 c[N / 4][PAIRS];
+#pragma unroll
+        for (int k = 0; k < N / 4; k++) {
+#pragma unroll
+            for (int e = 0; e < PAIRS; e++) {
+                c[k][e] = *(const __half2 *) (centroids + KIND::element(32 * k + lane, 2 * e));
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < N / 4; k++) {
+            uint32_t minus[KIND::DIMS];
+            float norm2 = 0.0f;
+#pragma unroll
+            for (int e = 0; e < PAIRS; e++) {
+                const float2 f = __half22float2(c[k][e]);
+                const float x = f.x * scale[I], y = f.y * scale[I];
+                norm2 = e == 0 ? x * x + y * y : norm2 + x * x + y * y;
+                minus[2 * e]     = bits(__half2half2(__float2half_rn(-x)));
+                minus[2 * e + 1] = bits(__half2half2(__float2half_rn(-y)));
+            }
+            const uint32_t norm = pq_encode_split(0.5f * norm2);
+            // rows 2t and 2t + 1 of the operand: -c[t] meets the two halves of y[t]; |c|^2 / 2 meets ones, ones meet |y|^2 / 2
+            if constexpr (KIND::DIMS == 2) {
+                words.put(minus[0], minus[1], norm, PQ_ENCODE_ONES, lane);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    b[I * N + 4 * k + i] = words.get(i, lane);
+                }
+            } else {
+                words.put(minus[0], minus[1], minus[2], minus[3], lane);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    b[2 * (4 * k + i)] = words.get(i, lane);
+                }
+                words.put(norm, PQ_ENCODE_ONES, 0, 0, lane);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    b[2 * (4 * k + i) + 1] = words.get(i, lane);
+                }
+            }
+        }
+    }
+
+    static __device__ __forceinline__ __half2 magnitudes(uint32_t h) {
+        h &= 0x7fff7fff;
+        __half2 x;
+        memcpy(&x, &h, 4);
+        return x;
+    }
+
+    static __device__ __forceinline__ uint32_t bits(__half2 h) {
+        uint32_t u;
+        memcpy(&u, &h, 4);
+        return u;
+    }
+};
 
 // Codes of 16 rows: code `code_index` of the strip, number I of the warp. again: those that the warp has listed, from place row0 on; otherwise those from row0
 // on, whose gaps are noted where codes are anisotropic.
@@ -398,8 +467,7 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & 
     const int lane = tid % 32;
     const int g = lane / 4, t = lane % 4;
 
-    const bool listed = pq_encode_lists<TYPE>::YES && again;
-    auto row_of = [&](int i) { return listed ? s.rows[tid / 32][min(row0 + i, n_rows - 1)] : row0 + i; };
+    auto row_of = [&](int i) { return again ? s.rows[tid / 32][min(row0 + i, n_rows - 1)] : row0 + i; };
     float    offset[2];
     uint32_t a[4] = { 0, 0, 0, 0 };
 #pragma unroll
@@ -509,7 +577,7 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & 
     const int near2_b = __shfl_xor_sync(0xffffffff, near2, 1);
     pq_merge_best(near, near2, near_b, near2_b);
 
-    if (e == 0 && (listed || row < n_rows)) {
+    if (e == 0 && (again || row < n_rows)) {
         const float n2      = (r ? offset[1] : offset[0]) * 1024; // of scaled y, and a little more
         const float inv2    = 1.0f / (op.scale[I] * op.scale[I]);
         const float d       = __int_as_float(near & ~15);
@@ -525,7 +593,7 @@ __device__ __forceinline__ void pq_encode_tile_search(const pq_encode_operand & 
             n2 < PQ_ENCODE_MAX_Y * PQ_ENCODE_MAX_Y;
         const int   code    = tag / 4 * (8 * PER) + (near & 15) / 2 * 8 + tag % 4 * 2 + (near & 1);
         ((uint8_t *) s.codes)[row * G::N_CODES + code_index] = (uint8_t) code;
-        if (pq_encode_lists<TYPE>::YES && anisotropic && !again) { // less than it is, by more than all roundings
+        if (anisotropic && !again) { // less than it is, by more than all roundings
             const float gap = pq_sqrt(d + fminf(gap_near2, gap_other)) - pq_sqrt(d) - pq_sqrt(move2);
             s.gap[code_index][row] = __float2half_rd(sure ? gap * (1.0f - 0x1p-6f) : 0.0f);
         }
@@ -718,7 +786,8 @@ __device__ __noinline__ void pq_encode_tile_judge(bool second, int n_rows, int n
 }
 
 // grid: (strips, parts of the rows, heads of all sides). Heads of K come first: those blocks search twice. settled: the kernel ahead in the stream began when what
-// is encoded was complete, and one block waits for its end. Dynamic shared memory: pq_encode_tile_smem
+// is encoded was complete, and one block waits for its end. What is asked for waits long beside kernels that fill the memory, so all of it is asked for at once.
+// Dynamic shared memory: pq_encode_tile_smem
 template <int TYPE, int D_STEPS>
 __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(const __grid_constant__ pq_encode_sides sides, bool settled) {
     typedef pq_encode_geom<TYPE> G;
@@ -726,6 +795,7 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
     extern __shared__ __align__(16) uint8_t pq_encode_smem[];
     pq_encode_tile_smem<D_STEPS> & s = *(pq_encode_tile_smem<D_STEPS> *) pq_encode_smem;
 
+    pq_pdl_launch_beside(settled, PQ_ENCODE_THREADS);
     const int    n_head_0 = sides.side[0].p.n_head_kv;
     const bool   second   = (int) blockIdx.z >= n_head_0;
     const int    head     = blockIdx.z - (second ? n_head_0 : 0);
@@ -742,41 +812,30 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
     const int n_cols = min(PQ_ENCODE_STRIP, p.D - col0);
     const pq_encode_head h = pq_encode_get_head(side, head);
 
-    pq_encode_tile_begin(p, h, col0, n_cols, s);
-    __syncthreads();
-
-    pq_encode_operand op;
-    pq_encode_codes_of_warp<TYPE>(warp, [&](auto kind, auto i, int code) {
-        if (G::place(code) < n_cols) {
-            op.load<decltype(kind), i.value>((const __half *) s.centroids + G::place(code) * PQ_KSUB, tid % 32);
-        }
-    });
-    if (warp == 0) { // how far y can be from the CPU's; without a transform it is the same
-        float mu2 = 0.0f;
-        for (int k = tid; k < p.D; k += 32) {
-            mu2 += s.mu[k] * s.mu[k];
-        }
-        float column2 = h.T ? s.column_norm2[tid] : 0.0f;
-#pragma unroll
-        for (int o = 16; o > 0; o /= 2) {
-            mu2    += __shfl_xor_sync(0xffffffff, mu2, o);
-            column2 = fmaxf(column2, __shfl_xor_sync(0xffffffff, column2, o));
-        }
-        if (tid == 0) {
-            s.norm_mu     = sqrtf(mu2);
-            s.column_norm = sqrtf(column2);
-        }
-    }
-    const bool anisotropic = __any_sync(0xffffffff, s.aniso[tid % 32] != 0.0f);
+    pq_encode_tile_ask(p, h, col0, n_cols, s);
     if (!settled) {
         pq_pdl_wait();
     }
-    pq_pdl_launch_next();
-
-    for (; row0 < p.n_rows; row0 += step) {
+    pq_encode_operand op;
+    bool anisotropic = false;
+    for (bool first = true; row0 < p.n_rows; row0 += step, first = false) {
         const int n_rows = (int) min((int64_t) s.ROWS, p.n_rows - row0);
         pq_encode_tile_load(p, head, col0, n_cols, row0, n_rows, s);
+        if (first) {
+            pq_cp_async_wait();
+        }
         __syncthreads();
+        if (first) {
+            pq_encode_tile_begin(p, h, s);
+            static_assert(WARPS * sizeof(pq_encode_words) <= sizeof(s.y), "there is no y yet");
+            pq_encode_codes_of_warp<TYPE>(warp, [&](auto kind, auto i, int code) {
+                if (G::place(code) < n_cols) {
+                    op.load<decltype(kind), i.value>((const __half *) s.centroids + G::place(code) * PQ_KSUB, ((pq_encode_words *) s.y)[warp], tid % 32);
+                }
+            });
+            anisotropic = __any_sync(0xffffffff, s.aniso[tid % 32] != 0.0f);
+            __syncthreads();
+        }
         pq_encode_tile_transform(p, h, col0, s);
         __syncthreads();
 #pragma unroll 1
@@ -785,7 +844,7 @@ __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(co
                 if (G::place(code) >= n_cols) {
                     return;
                 }
-                const int n = pq_encode_lists<TYPE>::YES && again ? pq_encode_tile_list<decltype(kind)>(G::place(code), code, n_rows, s) : n_rows;
+                const int n = again ? pq_encode_tile_list<decltype(kind)>(G::place(code), code, n_rows, s) : n_rows;
 #pragma unroll 1
                 for (int row = 0; row < n; row += 16) {
                     pq_encode_tile_search<TYPE, decltype(kind), i.value>(op, again, row, n, anisotropic, code, s);

@@ -7,8 +7,8 @@
 #include <atomic>
 #include <stddef.h>
 
-// Waits until all kernels before this one are complete and their writes are visible. At least one block of every kernel calls it, or the kernel could be complete before
-// those ahead of it, which who waits for this one relies on.
+// Waits until all kernels before this one are complete and their writes are visible. At least one block of every kernel calls it: who waits for this kernel relies on those
+// ahead of it, and nothing says that a kernel can't be complete before them (devices of 9.0 were not seen to let it).
 static __device__ __forceinline__ void pq_pdl_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
@@ -20,6 +20,17 @@ static __device__ __forceinline__ void pq_pdl_launch_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     cudaTriggerProgrammaticLaunchCompletion();
 #endif
+}
+
+// For a kernel whose next one may run beside it: lets that one start at the beginning, so that what it does first is hidden, too. Who starts finds everything complete
+// that comes before such kernels: the first of them (settled: it is not the first) has a warp wait for that. Before its other warps read what that wrote, they wait for themselves.
+static __device__ __forceinline__ void pq_pdl_launch_beside(bool settled, int n_threads) {
+    if (settled || (int) threadIdx.x >= n_threads - 32) {
+        if (!settled) {
+            pq_pdl_wait();
+        }
+        pq_pdl_launch_next();
+    }
 }
 
 // Reads what a kernel ahead wrote that this block has not waited for, because others have: past L1, where it could lie as it was before. (Before 9.0 every kernel waits.)

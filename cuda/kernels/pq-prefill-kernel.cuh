@@ -7,10 +7,11 @@
 // are mapped forth, (x - mu) T, and take the places of their cells. The mask takes the tail's columns there while attention runs, and has its own back
 // afterwards: a merged copy of it would be as large as the whole mask.
 //
-// The rows that a prefill encodes are in the tail, so nothing here uses their codes, and what it wants of the tail it finds where the encoder does. So lookups, which
-// wait for memory, begin first, with half of every multiprocessor; the encoder of many rows, which computes, has the other half (from 9.0 on, where kernels begin
-// beside others), and queries, the tail and the mask take the place of who ends. All wait for what is ahead of the lookups because these do; who waits for the last kernel
-// waits for all, because one block of each waits for the kernel ahead. What was written in the same graph is read past L1, which those blocks that do not wait may have stale.
+// The rows that a prefill encodes are in the tail, so nothing here uses their codes, and what it wants of the tail it finds where the encoder does. So kernels run beside
+// each other (from 9.0 on, where one can begin before the other ends): the encoder of K, which computes, in half of every multiprocessor, lookups of K and then of V,
+// which wait for memory, in the other half, and the encoder of V, queries, the tail and the mask take the place of who ends. All find complete what is ahead of the first
+// because that one waits for it; who waits for the last waits for all, because one block of each waits for the kernel ahead. What was written in the same graph is read past
+// L1, which those blocks that do not wait may have stale.
 //
 // Rows y lie in f16 and a flash attention may add them up in it, as it does with rows x: their mean, which mu takes out, is what grows with the context.
 //
@@ -230,7 +231,7 @@ PQ_DEVICE void pq_prefill_tail_rows(const pq_prefill_args & a, pq_prefill_smem &
 
 // ---- queries, rows of the tail and the mask ----
 
-// Behind the lookups, which have waited for all that this reads.
+// Behind kernels that have waited for all that this reads.
 // grid: n_head_kv * n_row_blocks + 2 * n_head_kv * n_slot_blocks + blocks of the mask + 1, which waits
 __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(const __grid_constant__ pq_prefill_args a) {
     __shared__ __align__(16) pq_prefill_smem smem;
@@ -263,8 +264,8 @@ __global__ void __launch_bounds__(PQ_PREFILL_THREADS) pq_prefill_begin_kernel(co
 // these are looked up.
 constexpr int PQ_ROWS_THREADS   = 512;  // half of what a multiprocessor has registers for
 constexpr int PQ_ROWS_STEP      = PQ_ROWS_THREADS / 16;
-constexpr int PQ_ROWS_AHEAD     = 4;    // rows of a thread
-constexpr int PQ_ROWS_TURNS     = 3;    // tiles of a block whose codes are on their way: reads wait long behind so many writes
+constexpr int PQ_ROWS_AHEAD     = 8;    // rows of a thread
+constexpr int PQ_ROWS_TURNS     = 2;    // tiles of a block whose codes are on their way: reads wait long behind so many writes
 constexpr int PQ_ROWS_TILE      = PQ_ROWS_AHEAD * PQ_ROWS_STEP;
 constexpr int PQ_ROWS_BLOCKS    = 2;    // of a multiprocessor, one where something else runs beside
 constexpr int PQ_ROWS_TILE_BITS = 1024; // a bit for every tile, or for several
@@ -279,7 +280,7 @@ struct pq_prefill_rows_args { // of K, or of V
     const uint16_t * cell_low, * cell_high;
     int64_t          n_slots;
     int32_t          n_rows;
-    int32_t          settled; // a kernel ahead was one of these, which has waited for all that this one reads
+    int32_t          settled; // what this one reads was complete when a kernel ahead began, which may still run
 };
 
 // grid: (blocks that share a head, heads). Dynamic shared memory: the table, f16 [M][PQ_KSUB][DSUB]
@@ -288,6 +289,7 @@ __global__ void __launch_bounds__(PQ_ROWS_THREADS, PQ_ROWS_BLOCKS) pq_prefill_ro
     extern __shared__ __align__(16) uint8_t pq_prefill_table[];
     __shared__ uint32_t tiles_of_tail[PQ_ROWS_TILE_BITS / 32]; // tile i has rows of the tail: bit i modulo their number
     __shared__ uint32_t rows_of_tail[PQ_ROWS_TILE / 32];       // of this tile
+    pq_pdl_launch_beside(a.settled, PQ_ROWS_THREADS);
     const int tid  = threadIdx.x;
     const int head = blockIdx.y;
     pq_decode_start_table<PQ_ROWS_THREADS>(PQ_PREFILL_D, (const __half *) (a.codebook + head * a.head_bytes + a.centroids), (__half *) pq_prefill_table);
@@ -297,7 +299,6 @@ __global__ void __launch_bounds__(PQ_ROWS_THREADS, PQ_ROWS_BLOCKS) pq_prefill_ro
     if (!a.settled) {
         pq_pdl_wait();
     }
-    pq_pdl_launch_next();
 
     const int j = tid % 16, n_rows = a.n_rows, step = gridDim.x * PQ_ROWS_TILE;
     const uint8_t * codes = a.codes + head * a.codes_head_stride;

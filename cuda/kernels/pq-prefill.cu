@@ -47,7 +47,7 @@ static rows_kernel_t get_rows_kernel(bool aligned) {
     return aligned ? pq_prefill_rows_kernel<TYPE, true> : pq_prefill_rows_kernel<TYPE, TYPE != PQ_TYPE_PQ3>;
 }
 
-static cudaError_t look_up_rows(const pq_cuda_prefill_step & s, bool is_v, int max_blocks, cudaStream_t stream) {
+static cudaError_t look_up_rows(const pq_cuda_prefill_step & s, bool is_v, bool settled, int max_blocks, cudaStream_t stream) {
     const pq_attn_side     & from = is_v ? s.p.v : s.p.k;
     const pq_codebook_layout l    = pq_get_codebook_layout(from.D, from.has_transform);
     pq_prefill_rows_args a = {};
@@ -62,7 +62,7 @@ static cudaError_t look_up_rows(const pq_cuda_prefill_step & s, bool is_v, int m
     a.cell_high         = s.cell_high;
     a.n_slots           = s.p.tail.n;
     a.n_rows            = (int32_t) s.p.n_kv;
-    a.settled           = is_v;
+    a.settled           = settled;
     const uintptr_t codes = (uintptr_t) from.data | from.row_stride | from.head_stride;
     if ((from.type == PQ_TYPE_PQ4 && codes % 4 != 0) || (from.type == PQ_TYPE_PQ2 && codes % 2 != 0)) {
         return cudaErrorMisalignedAddress;
@@ -118,15 +118,20 @@ cudaError_t pq_cuda_prefill_begin(const pq_cuda_prefill_step & s, const pq_encod
     } else if (new_rows) {
         err = pq_cuda_encode(new_rows, 2, stream);
     }
-    const int most = std::max(1, std::min(PQ_ROWS_BLOCKS, (int) (device.smem_optin / (PQ_ROWS_TABLE + 1024)))) * device.n_sm; // blocks that can run at once
+    // of lookups, as many as can run at once, or one to a multiprocessor, which is hardly slower and leaves room
+    const int n_per_sm = beside && pq_device_has_pdl((const void *) pq_prefill_begin_kernel) ? 1 : std::min(PQ_ROWS_BLOCKS, (int) (device.smem_optin / (PQ_ROWS_TABLE + 1024)));
+    const int n_blocks = std::max(1, n_per_sm) * device.n_sm;
+    if (err == cudaSuccess && beside) {
+        err = pq_encode(new_rows, 1, false, stream);
+    }
     if (err == cudaSuccess) {
-        err = look_up_rows(s, false, beside && pq_device_has_pdl((const void *) pq_prefill_begin_kernel) ? device.n_sm : most, stream);
+        err = look_up_rows(s, false, beside, n_blocks, stream);
+    }
+    if (err == cudaSuccess) {
+        err = look_up_rows(s, true, true, n_blocks, stream);
     }
     if (err == cudaSuccess && beside) {
-        err = pq_encode(new_rows, 2, true, stream);
-    }
-    if (err == cudaSuccess) {
-        err = look_up_rows(s, true, most, stream);
+        err = pq_encode(new_rows + 1, 1, true, stream);
     }
     if (err != cudaSuccess) {
         return err;

@@ -887,7 +887,7 @@ static void test_code_space(bool quick) {
     test_prefill({ PQ_TYPE_PQ2, PQ_TYPE_PQ4, 3, 1, 40, 200, 80 }); // two of the encoder of many
     test_prefill({ PQ_TYPE_PQ4, PQ_TYPE_PQ4, 4, 2, 40, 200, 150, false, 0, true });
     test_prefill({ PQ_TYPE_PQ4, PQ_TYPE_PQ4, 4, 2, 40, 200, 150, false, 0, false, true }); // encoded before
-    test_prefill({ PQ_TYPE_PQ4, PQ_TYPE_PQ4, 8, 8, 9, 300, 1500 }); // the encoder is the last to end
+    test_prefill({ PQ_TYPE_PQ4, PQ_TYPE_PQ4, 8, 8, 9, 300, 1500 }); // most of what is encoded is beyond the cells that are read
     if (!quick) {
         test_prefill({ PQ_TYPE_PQ2, PQ_TYPE_PQ4, 3, 1, 127, 1000, 129 });
         test_prefill({ PQ_TYPE_PQ4, PQ_TYPE_PQ4, 8, 2, 130, 70000, 640 }); // cells of more than 16 bits
