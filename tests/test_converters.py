@@ -640,6 +640,7 @@ def interrupt(number: int, stage: str, *args: object, until: Callable[[], bool] 
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup ignores, and ours with it
     )
     assert process.stdout is not None and process.stderr is not None
     if until is None:
