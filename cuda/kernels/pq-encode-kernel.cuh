@@ -184,7 +184,7 @@ __device__ __forceinline__ void pq_encode_tile_load(const pq_encode_params & p, 
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
             const int r = r0 + j * STEP;
-            slot[j] = to_tail && r < n_rows ? (int32_t) p.tail_idx[row0 + r] : -1;
+            slot[j] = to_tail && r < n_rows ? (int32_t) max(p.tail_idx[row0 + r], (int64_t) -1) : -1;
         }
         if (p.x_f16) {
 #pragma unroll

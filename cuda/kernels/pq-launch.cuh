@@ -1,5 +1,5 @@
 // How the kernels are launched: with programmatic dependent launch (PDL) where the device has it. A kernel then starts
-// while the one before it still runs; before pq_pdl_wait() it may only touch what no kernel that may still run writes (codebooks; what its caller says is settled).
+// while the one before it still runs; before pq_pdl_wait() it may only use what no kernel that may still run writes (codebooks; what its caller says is settled).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -8,10 +8,11 @@
 // afterwards: a merged copy of it would be as large as the whole mask.
 //
 // The rows that a prefill encodes are in the tail, so nothing here uses their codes, and what it wants of the tail it finds where the encoder does. So kernels run beside
-// each other (from 9.0 on, where one can begin before the other ends): the encoder of K, which computes, in half of every multiprocessor, lookups of K and then of V,
-// which wait for memory, in the other half, and the encoder of V, queries, the tail and the mask take the place of who ends. All find complete what is ahead of the first
-// because that one waits for it; who waits for the last waits for all, because one block of each waits for the kernel ahead. What was written in the same graph is read past
-// L1, which those blocks that do not wait may have stale.
+// each other (from 9.0 on, where one can begin before the other ends): the encoder of K, which computes, in half of every multiprocessor (of more rows in all of it), lookups of K
+// and then of V, which wait for memory, in the other half, and the encoder of V, queries, the tail and the mask take the place of who ends. All find complete what is ahead of the
+// first because that one waits for it; who waits for the last waits for all, because one block of each waits for the kernel ahead. Rows of x, queries and the tail are read past
+// L1, which those blocks that do not wait may have stale; of codes and masks nothing old is there, since ordinary kernels have begun after these were last read. Lookups read codes
+// that the encoder writes, but only of rows of the tail, which they do not look up.
 //
 // Rows y lie in f16 and a flash attention may add them up in it, as it does with rows x: their mean, which mu takes out, is what grows with the context.
 //
@@ -280,7 +281,7 @@ struct pq_prefill_rows_args { // of K, or of V
     const uint16_t * cell_low, * cell_high;
     int64_t          n_slots;
     int32_t          n_rows;
-    int32_t          settled; // what this one reads was complete when a kernel ahead began, which may still run
+    int32_t          settled; // what this one reads was complete when the kernel ahead let it begin
 };
 
 // grid: (blocks that share a head, heads). Dynamic shared memory: the table, f16 [M][PQ_KSUB][DSUB]
