@@ -416,23 +416,20 @@ struct pq_encode_operand {
             }
             const uint32_t norm = pq_encode_split(0.5f * norm2);
             // rows 2t and 2t + 1 of the operand: -c[t] meets the two halves of y[t]; |c|^2 / 2 meets ones, ones meet |y|^2 / 2
+            auto take = [&](int first, int step) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    b[first + step * i] = words.get(i, lane);
+                }
+            };
             if constexpr (KIND::DIMS == 2) {
                 words.put(minus[0], minus[1], norm, PQ_ENCODE_ONES, lane);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    b[I * N + 4 * k + i] = words.get(i, lane);
-                }
+                take(I * N + 4 * k, 1);
             } else {
                 words.put(minus[0], minus[1], minus[2], minus[3], lane);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    b[2 * (4 * k + i)] = words.get(i, lane);
-                }
+                take(8 * k, 2);
                 words.put(norm, PQ_ENCODE_ONES, 0, 0, lane);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    b[2 * (4 * k + i) + 1] = words.get(i, lane);
-                }
+                take(8 * k + 1, 2);
             }
         }
     }
@@ -785,8 +782,8 @@ __device__ __noinline__ void pq_encode_tile_judge(bool second, int n_rows, int n
     }
 }
 
-// grid: (strips, parts of the rows, heads of all sides). Heads of K come first: those blocks search twice. settled: the kernel ahead in the stream began when what
-// is encoded was complete, and one block waits for its end. What is asked for waits long beside kernels that fill the memory, so all of it is asked for at once.
+// grid: (strips, parts of the rows, heads of all sides). Heads of K come first: those blocks search twice. settled: what is encoded was complete when the kernel
+// ahead in the stream let this one begin, and one block waits for its end. What is asked for waits long beside kernels that fill the memory, so all of it is asked for at once.
 // Dynamic shared memory: pq_encode_tile_smem
 template <int TYPE, int D_STEPS>
 __global__ void __launch_bounds__(PQ_ENCODE_THREADS, 2) pq_encode_tile_kernel(const __grid_constant__ pq_encode_sides sides, bool settled) {
